@@ -1,0 +1,50 @@
+"""Memory that lasts, for Hugging Face models.
+
+Importing this package makes PEFT know the memory adapter, without importing PEFT itself.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from . import registry
+
+
+__version__ = "0.1.0"
+
+_MODULES = {
+    "EpisodicConfig": ".configuration",
+    "MemoryAdapterConfig": ".adapters",
+    "MemoryCache": ".memory",
+    "MemoryChat": ".chat",
+    "MemoryTrainer": ".training",
+    "MemoryTrainingArguments": ".training",
+    "EpisodeCollator": ".training",
+    "add_lora": ".adapters",
+    "load_base": ".bases",
+    "base_names": ".bases",
+}
+
+__all__ = ["__version__", *_MODULES]
+
+if TYPE_CHECKING:
+    from .adapters import MemoryAdapterConfig, add_lora
+    from .bases import base_names, load_base
+    from .chat import MemoryChat
+    from .configuration import EpisodicConfig
+    from .memory import MemoryCache
+    from .training import EpisodeCollator, MemoryTrainer, MemoryTrainingArguments
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_MODULES[name], __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+registry.when_imported("peft", "senri_hf.adapters.registration", "register")

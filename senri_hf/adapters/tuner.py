@@ -1,0 +1,143 @@
+"""The PEFT tuner that puts a memory into a model."""
+
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner
+from torch import Tensor, nn
+
+from .config import MemoryAdapterConfig
+from .decoder import find_decoder, find_decoder_layers
+from .hooks import ForwardContext, decoder_hook, decoder_pre_hook, layer_hook
+from .layer import MemoryAdapterLayer, merging
+from .registration import PREFIX
+
+
+CHILD = "memory_adapter"
+BLOCK = MemoryAdapterLayer.adapter_layer_names[0]
+
+
+class MemoryTuner(BaseTuner):
+    """Adds a `memory_adapter` child and a forward hook to decoder layers; replaces no module and changes no weight."""
+
+    prefix = PREFIX
+    tuner_layer_cls = MemoryAdapterLayer
+    target_module_mapping: dict[str, Any] = {}
+
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
+        assert isinstance(peft_config, MemoryAdapterConfig)
+        layers = find_decoder_layers(self.model, peft_config.layers_pattern)
+        peft_config.layers_to_transform = peft_config.resolve_layers(len(layers))
+        names = {id(module): name for name, module in self.model.named_modules()}
+        # Not a field: which modules these are follows from the indices, and only those are saved.
+        peft_config.target_modules = {names[id(layers[index])] for index in peft_config.layers_to_transform}
+        return peft_config
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: PeftConfig, key: str) -> bool:
+        return key in peft_config.target_modules
+
+    def _create_and_replace(
+        self,
+        peft_config: PeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **kwargs: Any,
+    ) -> None:
+        assert isinstance(peft_config, MemoryAdapterConfig)
+        adapter = getattr(target, CHILD, None)
+        if adapter is None:
+            layers = find_decoder_layers(self.model, peft_config.layers_pattern)
+            index = next(index for index, layer in enumerate(layers) if layer is target)
+            hidden_size = self.model.config.get_text_config(decoder=True).hidden_size
+            adapter = MemoryAdapterLayer(index, hidden_size, self._context())
+            target.add_module(CHILD, adapter)
+            # Before other hooks: those that capture hidden states or shard parameters must see what memory added.
+            adapter.handle = target.register_forward_hook(layer_hook, with_kwargs=True, prepend=True)
+        adapter.update_layer(adapter_name, peft_config, target)
+        adapter.requires_grad_(adapter_name in self.active_adapters)
+
+    def _context(self) -> ForwardContext:
+        """What this model's hooks share; made, with the decoder's own hooks, when it is first asked for."""
+        decoder = find_decoder(self.model)
+        context = getattr(decoder, "memory_context", None)
+        if context is None:
+            config = self.model.config.get_text_config(decoder=True)
+            generation = getattr(self.model, "generation_config", None)
+            ends = getattr(generation, "eos_token_id", None)
+            ends = config.eos_token_id if ends is None else ends
+            pad = getattr(generation, "pad_token_id", None)
+            context = ForwardContext(
+                num_heads=config.num_attention_heads,
+                output_embeddings=self.model.get_output_embeddings(),
+                softcap=getattr(config, "final_logit_softcapping", None),
+                pad_id=config.pad_token_id if pad is None else pad,
+                end_ids=tuple(ends) if isinstance(ends, (list, tuple)) else () if ends is None else (ends,),
+            )
+            decoder.memory_context = context
+            decoder.memory_handles = [
+                decoder.register_forward_pre_hook(decoder_pre_hook, with_kwargs=True),
+                decoder.register_forward_hook(decoder_hook, with_kwargs=True, always_call=True),
+            ]
+        return context
+
+    # Names in checkpoints.
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        marked = f"{BLOCK}.{adapter_name}."
+        return key.replace(marked, f"{BLOCK}.") if marked in key else super()._remove_adapter_name_from_key(key, adapter_name)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: Any,
+    ) -> dict[str, Tensor]:
+        # By name: under FSDP the modules' paths have parts that the keys have not.
+        marked = f".{CHILD}.{BLOCK}.{adapter_name}."
+        return {key: value for key, value in state_dict.items() if marked in f".{key}"}
+
+    # What a memory adapter can not do, and how it goes away.
+
+    def _check_merge_allowed(self) -> None:
+        raise merging()
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        raise merging()
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Raise NotImplementedError: memories of different adapters are not weights that could be summed."""
+        raise NotImplementedError(
+            "Memory adapters cannot be combined into one by weights. Activate several at once with base_model.set_adapter([...])"
+        )
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:
+            raise merging()
+        for module in list(self.model.modules()):
+            adapter = module._modules.get(CHILD)
+            if isinstance(adapter, MemoryAdapterLayer):
+                adapter.handle.remove()
+                del module._modules[CHILD]
+        decoder = find_decoder(self.model)
+        if hasattr(decoder, "memory_context"):
+            for handle in decoder.memory_handles:
+                handle.remove()
+            del decoder.memory_context, decoder.memory_handles
+        return super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
+
+

@@ -1,0 +1,6 @@
+"""What a memory and a model are made of: settings, checked when they are made."""
+
+from .episodic import EpisodicConfig
+
+
+__all__ = ["EpisodicConfig"]

@@ -1,0 +1,10 @@
+"""What a memory is: its mechanisms, the cache that carries them, and its file."""
+
+from .cache import MemoryCache
+from .episodic_layer import EpisodicLayer
+from .episodic_reader import AttentionWeights, EpisodicReader
+from .layer import MemoryLayer
+from .owner import MemoryOwner
+
+
+__all__ = ["AttentionWeights", "EpisodicLayer", "EpisodicReader", "MemoryCache", "MemoryLayer", "MemoryOwner"]

@@ -1,0 +1,371 @@
+"""The memory cache: the context of a conversation, and the memory that outlives it, as one transformers cache."""
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import StaticLayer
+
+from . import file
+from .fingerprint import fingerprint
+from .layer import ROLLBACK_TOKENS, MemoryLayer
+from .owner import owners
+
+
+class MemoryCache(DynamicCache):
+    """A cache whose attention layers are transformers' own and whose memory layers outlive the context.
+
+    Pass it as `past_key_values`. `clear_context()` ends a conversation: what attention could see is gone, the memory
+    stays and is read from then on.
+
+    Args:
+        config: The model's config, from which the attention layers are made.
+        memory_layers: The memory layers, appended after those.
+        model_fingerprint: What tells this model and its adapters from others (see `fingerprint`); saved with the memory.
+    """
+
+    def __init__(
+        self, config: PreTrainedConfig, memory_layers: list[MemoryLayer], model_fingerprint: dict[str, Any] | None = None
+    ) -> None:
+        super().__init__(config=config)
+        self.model_fingerprint = model_fingerprint or {}
+        self.parent: str | None = None
+        self.is_recording = False
+        # The context's last tokens: ids, and where surprise needs them the model's last hidden states and which are real.
+        self.recent_ids: Tensor | None = None  # [B, R]
+        self.recent_hidden: Tensor | None = None  # [B, R, D]
+        self.recent_real: Tensor | None = None  # [B, R]
+        self.layers.extend(memory_layers)
+        self._index()
+
+    @classmethod
+    def for_model(cls, model: PreTrainedModel) -> Self:
+        """A new, empty memory for a model with a memory adapter (or memory of its own).
+
+        Raises:
+            ValueError: when the model holds no memory.
+        """
+        layers = [layer for owner in owners(model) for layer in owner.memory_layers()]
+        if not layers:
+            raise ValueError(
+                f"{type(model).__name__} holds no memory. Add an adapter first: "
+                "get_peft_model(model, senri_hf.MemoryAdapterConfig(...)), or PeftModel.from_pretrained(model, folder)"
+            )
+        return cls(model.config, layers, fingerprint(model))
+
+    @property
+    def memory_layers(self) -> list[MemoryLayer]:
+        """The layers that outlive the context."""
+        return list(self._memory.values())
+
+    def memory_layer(self, layer_idx: int, adapter_name: str) -> MemoryLayer | None:
+        """The memory of one adapter in one decoder layer, None where the cache has none."""
+        return self._memory.get((layer_idx, adapter_name))
+
+    def _index(self) -> None:
+        self._memory = {
+            (layer.layer_idx, layer.adapter_name): layer for layer in self.layers if isinstance(layer, MemoryLayer)
+        }
+
+    # The life of a memory.
+
+    def clear_context(self) -> None:
+        """End the conversation: attention forgets all of it, and what memory took in is read from now on."""
+        for layer in self.layers:
+            if isinstance(layer, MemoryLayer):
+                layer.clear_context()
+            else:
+                layer.reset()
+        self._clear_recent()
+
+    def reset_memory(self) -> None:
+        """Forget everything: the context and the memory."""
+        self.reset()
+
+    def reset(self) -> None:
+        super().reset()
+        self._clear_recent()
+
+    def decay(self, cycles: int) -> None:
+        """Let `cycles` conversations pass in which nothing was said."""
+        if not isinstance(cycles, int) or isinstance(cycles, bool) or cycles < 0:
+            raise ValueError(f"decay({cycles!r}) was called, but cycles must be a whole number of at least 0")
+        for layer in self.memory_layers:
+            layer.decay(cycles)
+
+    @contextlib.contextmanager
+    def read_only(self) -> Iterator[Self]:
+        """Inside, memory is read and not changed in any way: no writes, no statistics, no access counts."""
+        before = [layer.is_read_only for layer in self.memory_layers]
+        for layer in self.memory_layers:
+            layer.is_read_only = True
+        try:
+            yield self
+        finally:
+            for layer, value in zip(self.memory_layers, before, strict=True):
+                layer.is_read_only = value
+
+    def forget(self, last: int) -> None:
+        """Take the last tokens of the open conversation back, out of context and memory alike.
+
+        Raises:
+            ValueError: when the memory no longer holds what it needs to go back that far.
+        """
+        if not isinstance(last, int) or last < 0:
+            raise ValueError(f"forget(last={last!r}) was called, but last must be a whole number of tokens of at least 0")
+        self.crop(-last)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        before = self.snapshot()
+        try:
+            super().crop(tokens_to_remove)
+        except Exception:
+            self.restore(before)
+            raise
+        if tokens_to_remove:
+            self._map_recent(lambda tensor: tensor[:, :tokens_to_remove])
+
+    def activate_past_recording(self) -> None:
+        super().activate_past_recording()
+        self.is_recording = True
+
+    def note_tokens(self, ids: Tensor | None) -> None:
+        """Remember the last tokens of the context, ids [B, T]."""
+        self.recent_ids = keep_last(self.recent_ids, ids) if ids is not None else None
+
+    def note_hidden(self, hidden: Tensor, real: Tensor) -> None:
+        """Remember the model's last hidden states [B, T, D] of the context's last tokens, and which were real."""
+        self.recent_hidden = keep_last(self.recent_hidden, hidden.detach())
+        self.recent_real = keep_last(self.recent_real, real)
+
+    def _clear_recent(self) -> None:
+        self.recent_ids, self.recent_hidden, self.recent_real = None, None, None
+        self.is_recording = False
+
+    # Copies.
+
+    def snapshot(self) -> "MemoryCache":
+        """A copy of everything as it is now, to `restore` later; cheap, as memory is never changed in place."""
+        other = copy.copy(self)
+        other.layers = [copy_layer(layer) for layer in self.layers]
+        other._index()
+        return other
+
+    def restore(self, snapshot: "MemoryCache") -> None:
+        """Become what a `snapshot()` of this cache holds; the snapshot stays usable."""
+        if len(snapshot.layers) != len(self.layers):
+            raise ValueError(
+                f"The snapshot has {len(snapshot.layers)} layers, this cache {len(self.layers)}: restore takes a snapshot() "
+                "of the same cache"
+            )
+        self.__dict__.update(snapshot.snapshot().__dict__)
+
+    def fork(self, copies: int) -> "MemoryCache":
+        """A new cache with every row repeated `copies` times, for as many continuations; this one is left as it is."""
+        if not isinstance(copies, int) or copies < 1:
+            raise ValueError(f"fork({copies!r}) was called, but copies must be a whole number of at least 1")
+        other = self.snapshot()
+        other.batch_repeat_interleave(copies)
+        return other
+
+    def select_rows(self, indices: Tensor | list[int]) -> "MemoryCache":
+        """A new cache with the rows at `indices`, in that order; this one is left as it is."""
+        other = self.snapshot()
+        index = torch.as_tensor(indices, dtype=torch.long)
+        rows = self.rows
+        if rows is not None and index.numel() and not bool(((index >= 0) & (index < rows)).all()):
+            raise ValueError(f"select_rows({index.tolist()}) was called, but this memory has rows 0 to {rows - 1}")
+        other.batch_select_indices(index)
+        return other
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move context and memory to a device, in place, as `Module.to` does."""
+        for layer in self.layers:
+            if isinstance(layer, MemoryLayer):
+                layer.map_rows(lambda tensor: tensor.to(device))
+            elif layer.is_initialized and layer.keys is not None:
+                layer.keys, layer.values = layer.keys.to(device), layer.values.to(device)
+                layer.device = layer.keys.device
+        self._map_recent(lambda tensor: tensor.to(device))
+        return self
+
+    def detach(self) -> None:
+        """Cut the graph that leads to what memory holds: where backpropagation through conversations ends."""
+        for layer in self.memory_layers:
+            layer.detach()
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._map_recent(lambda tensor: tensor[indices.to(tensor.device)])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._map_recent(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._map_recent(lambda tensor: tensor[beam_idx.to(tensor.device)])
+
+    def _map_recent(self, function: Callable[[Tensor], Tensor]) -> None:
+        for name in ("recent_ids", "recent_hidden", "recent_real"):
+            held = getattr(self, name)
+            setattr(self, name, None if held is None else function(held))
+
+    # What a person asks.
+
+    @property
+    def rows(self) -> int | None:
+        """Rows of the batch that the memory holds, None while it holds nothing."""
+        return next((layer.rows for layer in self.memory_layers if layer.rows is not None), None)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory, all rows and layers, without the context."""
+        return sum(layer.nbytes for layer in self.memory_layers)
+
+    @property
+    def context_nbytes(self) -> int:
+        """Bytes of the context: the keys and values that attention can still see."""
+        held = [t for layer in self.layers for t in (layer.keys, layer.values) if isinstance(t, Tensor)]
+        return sum(tensor.numel() * tensor.element_size() for tensor in held)
+
+    @property
+    def tokens_seen(self) -> Tensor:
+        """Tokens that memory took in during each row's life, [batch] int64; empty before the first."""
+        seen = (layer.tokens_seen for layer in self.memory_layers)
+        return next((tokens for tokens in seen if tokens is not None), torch.zeros(0, dtype=torch.long))
+
+    def summary(self) -> str:
+        """How full the memory is, layer by layer, for a person."""
+        head = f"{self.nbytes:,} bytes in {len(self.memory_layers)} layers, tokens seen per row: {self.tokens_seen.tolist()}"
+        lines = [head]
+        for layer in self.memory_layers:
+            numbers = ", ".join(f"{name} {value:.3g}" for name, value in layer.summary().items())
+            lines.append(f"  layer {layer.layer_idx} ({layer.adapter_name}): {numbers or 'empty'}")
+        return "\n".join(lines)
+
+    # Memory as data.
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The memory as it would be after `clear_context()`, by names `adapter.layer.field`."""
+        return {
+            f"{layer.adapter_name}.{layer.layer_idx}.{name}": tensor
+            for layer in self.memory_layers
+            for name, tensor in layer.state_dict().items()
+        }
+
+    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
+        """Hold the memory of a `state_dict`, with an empty context.
+
+        A memory of one adapter fits a model with one adapter, whatever either is called.
+
+        Raises:
+            ValueError: naming what does not fit; this memory is then as it was.
+        """
+        parts: dict[tuple[str, int], dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            adapter_and_layer, _, name = key.rpartition(".")
+            adapter_name, _, layer_idx = adapter_and_layer.rpartition(".")
+            if not layer_idx.isdigit():
+                raise ValueError(f"{key!r} is no name of a memory tensor: expected adapter.layer.field")
+            parts.setdefault((adapter_name, int(layer_idx)), {})[name] = tensor
+        theirs, ours = {name for name, _ in parts}, {layer.adapter_name for layer in self.memory_layers}
+        if len(theirs) == len(ours) == 1:
+            (name,) = ours
+            parts = {(name, layer_idx): part for (_, layer_idx), part in parts.items()}
+        expected = {(layer.adapter_name, layer.layer_idx): layer for layer in self.memory_layers}
+        if parts and parts.keys() != expected.keys():
+            raise ValueError(
+                f"The memory is of layers {sorted(parts)}, but this model's memory layers are {sorted(expected)}: it was made "
+                "with another adapter"
+            )
+        for key, layer in expected.items():
+            layer.check_state_dict(parts.get(key, {}))
+        counts = {part["tokens"].shape[0] for part in parts.values() if "tokens" in part}
+        if len(counts) > 1:
+            raise ValueError(f"The memory's layers hold different numbers of rows: {sorted(counts)}")
+        for key, layer in expected.items():
+            layer.load_state_dict(parts.get(key, {}))
+        for layer in self.layers:
+            if not isinstance(layer, MemoryLayer):
+                layer.reset()
+        self._clear_recent()
+
+    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Save the memory (not the context) as a folder: safetensors, a JSON that says what it is, and a card.
+
+        An open conversation is saved as if it ended now; it goes on undisturbed.
+
+        Args:
+            push_to_hub: Also upload it; `kwargs` then go to `push_to_hub`, with `repo_id` defaulting to the folder's name.
+        """
+        file.save(self.state_dict(), self.description(), Path(save_directory))
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+
+    def push_to_hub(
+        self, repo_id: str, *, private: bool | None = None, token: str | bool | None = None, revision: str | None = None,
+        commit_message: str = "Upload memory",
+    ) -> str:  # fmt: skip
+        """Upload the memory as a repository of its own on the Hub; returns the commit's address."""
+        return file.push(
+            self.state_dict(), self.description(), repo_id, private=private, token=token, revision=revision,
+            commit_message=commit_message,
+        )  # fmt: skip
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        model: PreTrainedModel,
+        device: torch.device | str | None = None,
+        **hub_kwargs: Any,
+    ) -> Self:
+        """Load a memory that `save_pretrained` wrote, from a folder or from the Hub.
+
+        Args:
+            model: The model that is to read it: the one that wrote it, or an equal one.
+            device: Where to put it; the model's device when None.
+            hub_kwargs: `revision`, `token`, `cache_dir`, … as for any download.
+
+        Raises:
+            ValueError: when the file does not fit the model, naming what differs.
+            OSError: when there is no such memory.
+        """
+        tensors, description = file.load(pretrained_model_name_or_path, **hub_kwargs)
+        memory = cls.for_model(model)
+        file.check_fits(description, memory.description())
+        memory.load_state_dict(tensors)
+        memory.parent = description["memory"]
+        return memory.to(model.device if device is None else device)
+
+    def description(self) -> dict[str, Any]:
+        """What a memory file says of itself, without its tensors."""
+        return {
+            "model": self.model_fingerprint,
+            "tokens_seen": self.tokens_seen.tolist(),
+            "parent": self.parent,
+            "layers": [[layer.adapter_name, layer.layer_idx, layer._layer_type] for layer in self.memory_layers],
+        }
+
+
+def copy_layer(layer: Any) -> Any:
+    """A cache layer that goes its own way from here; only static layers are changed in place, so only they are cloned."""
+    if isinstance(layer, MemoryLayer):
+        return layer.copy()
+    other = copy.copy(layer)
+    if isinstance(layer, StaticLayer) and layer.is_initialized:
+        other.keys, other.values = layer.keys.clone(), layer.values.clone()
+    return other
+
+
+def keep_last(held: Tensor | None, new: Tensor) -> Tensor:
+    """The last columns of both, as many as can be taken back and one more."""
+    joined = new if held is None else torch.cat([held, new], dim=1)
+    return joined[:, -ROLLBACK_TOKENS - 1 :]

@@ -1,0 +1,294 @@
+"""The episodic mechanism: a decaying buffer and a surprise-gated store of hidden states, as functions on data.
+
+Everything here is vectorised over rows, tokens and slots. `episodic_reference` says the same token by token.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..configuration import EpisodicConfig
+from .state import RowState
+
+
+SURPRISE_IMPORTANCE = 0.5
+ACCESS_IMPORTANCE = 0.3
+AGE_IMPORTANCE = 0.001
+EMPTY = -1
+
+
+@dataclass(frozen=True)
+class EpisodicState(RowState):
+    """What one layer remembers. B rows, N buffer slots, M store slots, hidden size D.
+
+    Ages count conversations, tags number the tokens of a row's life from 0; a slot with tag -1 was never written.
+    """
+
+    buffer: Tensor  # [B, N, D]
+    strength: Tensor  # [B, N] in [0, 1]
+    buffer_age: Tensor  # [B, N] int64
+    buffer_tag: Tensor  # [B, N] int64
+    store: Tensor  # [B, M, D]
+    surprise: Tensor  # [B, M]
+    access: Tensor  # [B, M] attention mass that reads gave to the slot
+    store_age: Tensor  # [B, M] int64
+    tag: Tensor  # [B, M] int64
+    surprise_mean: Tensor  # [B] exponential sums of surprise, its square and the weights so far
+    surprise_square: Tensor  # [B]
+    surprise_weight: Tensor  # [B]
+    tokens: Tensor  # [B] int64, tokens written in this row's life
+    boundary: Tensor  # [B] int64, `tokens` when the conversation began
+
+    @classmethod
+    def empty(cls, batch_size: int, hidden_size: int, config: EpisodicConfig, device: torch.device) -> "EpisodicState":
+        """A memory that has read nothing."""
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.zeros(batch_size, *shape, dtype=dtype, device=device)
+
+        def never(slots: int) -> Tensor:
+            return torch.full((batch_size, slots), EMPTY, dtype=torch.long, device=device)
+
+        slots, stored = config.buffer_slots, config.store_slots
+        return cls(
+            buffer=zeros(slots, hidden_size),
+            strength=zeros(slots),
+            buffer_age=zeros(slots, dtype=torch.long),
+            buffer_tag=never(slots),
+            store=zeros(stored, hidden_size),
+            surprise=zeros(stored),
+            access=zeros(stored),
+            store_age=zeros(stored, dtype=torch.long),
+            tag=never(stored),
+            surprise_mean=zeros(),
+            surprise_square=zeros(),
+            surprise_weight=zeros(),
+            tokens=zeros(dtype=torch.long),
+            boundary=zeros(dtype=torch.long),
+        )
+
+    def live_buffer(self, config: EpisodicConfig) -> Tensor:
+        """Buffer slots that are written and not forgotten, [B, N]."""
+        return (self.buffer_tag != EMPTY) & (self.strength >= config.min_strength)
+
+    def live_store(self) -> Tensor:
+        """Store slots that are written, [B, M]."""
+        return self.tag != EMPTY
+
+    def importance(self) -> Tensor:
+        """What keeps a store slot from being replaced, [B, M]; minus infinity for an empty one."""
+        value = (
+            SURPRISE_IMPORTANCE * self.surprise
+            + ACCESS_IMPORTANCE * torch.log1p(self.access)
+            - AGE_IMPORTANCE * self.store_age
+        )
+        return value.masked_fill(~self.live_store(), -torch.inf)
+
+
+def cosine(tokens: Tensor, slots: Tensor) -> Tensor:
+    """Cosine similarity of tokens [B, S, D] and slots [B, N, D]: [B, S, N]; 0 for a zero vector."""
+    unit = torch.nn.functional.normalize
+    return unit(tokens, dim=-1) @ unit(slots, dim=-1).transpose(1, 2)
+
+
+def running_statistics(state: EpisodicState, surprise: Tensor, valid: Tensor, alpha: float) -> tuple[Tensor, ...]:
+    """Exponential sums of surprise before every token and after the last one.
+
+    The recurrence m <- (1 - alpha) m + alpha s is unrolled into one product with a triangular matrix of powers.
+
+    Args:
+        surprise: [B, S]; `valid` [B, S] holds for the first tokens of a row, as many as it has.
+
+    Returns:
+        Sums of s, s^2 and 1, each [B, S + 1]: column t is what stands before token t.
+    """
+    length = surprise.shape[1]
+    position = torch.arange(length + 1, device=surprise.device)
+    power = position[:, None] - 1 - position[None, :length]
+    kernel = torch.where(power >= 0, alpha * (1 - alpha) ** power.clamp_min(0), 0.0)  # [S + 1, S]
+    carried = (1 - alpha) ** position  # [S + 1]
+    observed = valid.to(surprise.dtype)
+    surprise = surprise * observed
+    return tuple(
+        before[:, None] * carried + new @ kernel.T
+        for before, new in (
+            (state.surprise_mean, surprise),
+            (state.surprise_square, surprise.square()),
+            (state.surprise_weight, observed),
+        )
+    )
+
+
+def stage_segment(
+    state: EpisodicState, hidden: Tensor, surprise: Tensor, valid: Tensor, config: EpisodicConfig
+) -> EpisodicState:
+    """Write one segment: surprising tokens into the store, novel ones into the buffer.
+
+    Args:
+        hidden: [B, S, D], float32. surprise: [B, S]. valid: [B, S], true for the first tokens of a row, as many as it
+            has in this segment; a row with none is left as it is.
+    """
+    number = state.tokens[:, None] + torch.arange(hidden.shape[1], device=hidden.device)
+    count = valid.sum(1)
+    surprise = surprise.detach().float()
+    sums = running_statistics(state, surprise, valid, config.ema_alpha)
+    if config.store_slots:
+        state = consolidate(state, hidden, surprise, valid, number, sums, config)
+    state = write_buffer(state, hidden, valid, number, config)
+    mean, square, weight = (total.gather(1, count[:, None])[:, 0] for total in sums)
+    return replace(
+        state, surprise_mean=mean, surprise_square=square, surprise_weight=weight, tokens=state.tokens + count
+    )
+
+
+def surprise_threshold(state: EpisodicState, sums: tuple[Tensor, ...], config: EpisodicConfig) -> tuple[Tensor, ...]:
+    """Mean, standard deviation and threshold before every token, each [B, S].
+
+    threshold = mean + z std with z = z_score_threshold (1 + capacity_pressure fullness): pressure raises z, not the
+    mean. Without history nothing is surprising: the threshold is infinite.
+    """
+    total, square, weight = (column[:, :-1] for column in sums)
+    known = weight > 0
+    mean = total / weight.where(known, 1.0)
+    deviation = (square / weight.where(known, 1.0) - mean.square()).clamp_min(0).sqrt()
+    fullness = state.live_store().float().mean(1, keepdim=True)
+    z = config.z_score_threshold * (1 + config.capacity_pressure * fullness)
+    return mean, deviation, torch.where(known, mean + z * deviation, torch.inf)
+
+
+def consolidate(
+    state: EpisodicState,
+    hidden: Tensor,
+    surprise: Tensor,
+    valid: Tensor,
+    number: Tensor,
+    sums: tuple[Tensor, ...],
+    config: EpisodicConfig,
+) -> EpisodicState:
+    """Take the surprising tokens of a segment into the store.
+
+    A token as similar to a slot as `consolidation_similarity` is the same thing: the slot becomes the most surprising
+    of them. The others, most surprising first, replace the least important slots, as long as they are more important.
+    """
+    mean, deviation, threshold = surprise_threshold(state, sums, config)
+    similarity = cosine(hidden.detach(), state.store).masked_fill(~state.live_store()[:, None], -2.0)
+    nearest, slot = similarity.max(-1)  # [B, S]
+    same = nearest >= config.consolidation_similarity
+    if config.contrastive_weight:
+        low, high = config.contrastive_similarity, config.consolidation_similarity
+        contrast = ((nearest - low) / (high - low)).clamp(0, 1).masked_fill(same, 0)
+        surprise = torch.maximum(surprise, mean + config.contrastive_weight * contrast * deviation)
+    surprising = valid & (surprise > threshold)
+
+    # Updates: for every slot the most surprising token that is the same thing.
+    candidate = torch.where(
+        (surprising & same)[..., None] & (slot[..., None] == torch.arange(config.store_slots, device=slot.device)),
+        surprise[..., None],
+        -torch.inf,
+    )
+    strongest, token = candidate.max(1)  # [B, M]
+    update = strongest > state.surprise.masked_fill(~state.live_store(), torch.inf)
+    state = replace(
+        state,
+        store=torch.where(update[..., None], take(hidden, token), state.store),
+        surprise=torch.where(update, strongest, state.surprise),
+        store_age=state.store_age.masked_fill(update, 0),
+        tag=torch.where(update, number.gather(1, token), state.tag),
+    )
+
+    # Newcomers: the i-th most surprising one against the i-th least important slot.
+    pairs = min(hidden.shape[1], config.store_slots)
+    newcomer = surprise.masked_fill(~(surprising & ~same), -torch.inf)
+    value, token = (ranked[:, :pairs] for ranked in newcomer.sort(dim=1, descending=True, stable=True))
+    importance, slot = (ranked[:, :pairs] for ranked in state.importance().sort(dim=1, stable=True))
+    enters = (value > -torch.inf) & (SURPRISE_IMPORTANCE * value > importance)
+    slot = slot.masked_fill(~enters, config.store_slots)
+    return replace(
+        state,
+        store=put(state.store, slot, take(hidden, token)),
+        surprise=put(state.surprise, slot, value),
+        access=put(state.access, slot, torch.zeros_like(value)),
+        store_age=put(state.store_age, slot, torch.zeros_like(slot)),
+        tag=put(state.tag, slot, number.gather(1, token)),
+    )
+
+
+def write_buffer(
+    state: EpisodicState, hidden: Tensor, valid: Tensor, number: Tensor, config: EpisodicConfig
+) -> EpisodicState:
+    """Write a segment into the buffer: known tokens reinforce their nearest slot, novel ones take the weakest slots."""
+    live = state.live_buffer(config)
+    nearest, slot = cosine(hidden.detach(), state.buffer).masked_fill(~live[:, None], -2.0).max(-1)  # [B, S]
+    known = valid & (nearest >= config.novelty_threshold)
+    novel = valid & ~known
+
+    hits = (known[..., None] & (slot[..., None] == torch.arange(config.buffer_slots, device=slot.device))).to(hidden)
+    count = hits.sum(1)  # [B, N]
+    average = hits.transpose(1, 2) @ hidden / count.clamp_min(1)[..., None]
+    reinforced = count > 0
+    last = torch.where(hits > 0, number[..., None], EMPTY).amax(1)
+    state = replace(
+        state,
+        buffer=torch.where(reinforced[..., None], torch.lerp(state.buffer, average, config.write_alpha), state.buffer),
+        strength=state.strength.masked_fill(reinforced, 1.0),
+        buffer_age=state.buffer_age.masked_fill(reinforced, 0),
+        buffer_tag=torch.where(reinforced, last, state.buffer_tag),
+    )
+
+    # Weakest first; among equals the one that was written longest ago.
+    oldest = state.buffer_tag.argsort(dim=1, stable=True)
+    weakest = oldest.gather(1, state.strength.gather(1, oldest).argsort(dim=1, stable=True))
+    rank = novel.cumsum(1) - 1
+    slot = weakest.gather(1, rank.clamp_min(0)).masked_fill(~novel, config.buffer_slots)
+    return replace(
+        state,
+        buffer=put(state.buffer, slot, hidden),
+        strength=put(state.strength, slot, torch.ones_like(slot, dtype=state.strength.dtype)),
+        buffer_age=put(state.buffer_age, slot, torch.zeros_like(slot)),
+        buffer_tag=put(state.buffer_tag, slot, number),
+    )
+
+
+def add_access(state: EpisodicState, access: Tensor, read_tag: Tensor) -> EpisodicState:
+    """Count reads of the store.
+
+    Args:
+        access: [B, M] attention mass that each slot received. read_tag: [B, M] tags of the slots when they were read:
+            a slot that holds something else by now was not read.
+    """
+    return replace(state, access=state.access + access.where(read_tag == state.tag, 0.0))
+
+
+def pass_cycles(state: EpisodicState, cycles: Tensor | int, config: EpisodicConfig) -> EpisodicState:
+    """Let conversations pass: strength <- strength * decay_rate^cycles; everything gets older.
+
+    Args:
+        cycles: Number of conversations, or [B] of them.
+    """
+    cycles = torch.as_tensor(cycles, device=state.tokens.device).expand_as(state.tokens)[:, None]
+    return replace(
+        state,
+        strength=state.strength * config.decay_rate ** cycles.to(state.strength.dtype),
+        buffer_age=state.buffer_age + cycles,
+        store_age=state.store_age + cycles,
+    )
+
+
+def end_conversation(state: EpisodicState, config: EpisodicConfig) -> EpisodicState:
+    """One cycle for every row that was written since the last boundary."""
+    written = (state.tokens > state.boundary).long()
+    return replace(pass_cycles(state, written, config), boundary=state.tokens)
+
+
+def take(hidden: Tensor, token: Tensor) -> Tensor:
+    """Rows' tokens [B, K] out of hidden [B, S, D]: [B, K, D]."""
+    return hidden.gather(1, token[..., None].expand(-1, -1, hidden.shape[-1]))
+
+
+def put(slots: Tensor, slot: Tensor, values: Tensor) -> Tensor:
+    """A copy of slots [B, N, ...] with values [B, K, ...] at slot [B, K]; index N writes nowhere."""
+    if slots.dim() == 3:
+        slot = slot[..., None].expand(-1, -1, slots.shape[-1])
+    spare = torch.cat([slots, slots.new_zeros(slots.shape[0], 1, *slots.shape[2:])], dim=1)
+    return spare.scatter(1, slot, values.to(slots.dtype))[:, :-1]

@@ -1,0 +1,173 @@
+"""The trained half of the episodic mechanism: how memory is read, and how surprising a token is."""
+
+import copy
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ..configuration import EpisodicConfig
+from .episodic import EpisodicState
+from .episodic_layer import EpisodicLayer
+
+
+@dataclass
+class AttentionWeights:
+    """A layer's own attention, as a memory read can start from it.
+
+    Attributes:
+        q, k, v, o: Weights [out, in]; biases of q, k and v [out] or None. An output bias would be added where nothing
+            was read, so there is none.
+        q_norm, k_norm: Norms per head, or None.
+        scale: What scores are multiplied with.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    o: Tensor
+    num_heads: int
+    num_key_value_heads: int
+    scale: float
+    biases: dict[str, Tensor] = field(default_factory=dict)
+    q_norm: nn.Module | None = None
+    k_norm: nn.Module | None = None
+
+    @classmethod
+    def random(cls, hidden_size: int, num_heads: int) -> "AttentionWeights":
+        """Random queries, keys and values of hidden_size / num_heads each; the output is zero."""
+        if hidden_size % num_heads:
+            raise ValueError(f"num_heads={num_heads} was given, but it must divide the hidden size {hidden_size}")
+        q, k, v = torch.randn(3, hidden_size, hidden_size).mul_(hidden_size**-0.5).unbind()
+        o = torch.zeros(hidden_size, hidden_size)
+        return cls(q, k, v, o, num_heads, num_heads, (hidden_size // num_heads) ** -0.5)
+
+
+@dataclass(frozen=True)
+class MemoryView:
+    """A memory as a reader sees it: keys and values of its slots. H heads, G key/value heads, head size d."""
+
+    keys: Tensor  # [B, G, N + M, d]
+    values: Tensor  # [B, G, N + M, d]
+    bias: Tensor  # [B, H, N + M] added to scores; minus infinity hides a slot
+    stored: int  # M
+
+
+class EpisodicReader(nn.Module):
+    """Multi-head cross-attention from a layer's tokens to the memory's slots, and the surprise of those tokens.
+
+    Slots hold the layer's normalised input; the projections are applied when they are read, so that each of them
+    learns. Beside the slots every head sees a null slot of value zero with a learned score: a token for which memory
+    holds nothing reads nothing. What is read goes through a tanh gate per head, which starts at zero with
+    `init="base_attention"`, and the output projection.
+    """
+
+    def __init__(self, config: EpisodicConfig, norm: nn.Module, attention: AttentionWeights) -> None:
+        super().__init__()
+        self.config = config
+        self.num_heads, self.num_key_value_heads = attention.num_heads, attention.num_key_value_heads
+        self.scale = attention.scale
+        self.norm = norm
+        self.q_proj = linear(attention.q, attention.biases.get("q"))
+        self.k_proj = linear(attention.k, attention.biases.get("k"))
+        self.v_proj = linear(attention.v, attention.biases.get("v"))
+        self.o_proj = linear(attention.o, None)
+        self.q_norm, self.k_norm = copy.deepcopy(attention.q_norm), copy.deepcopy(attention.k_norm)
+        start = 0.0 if config.init == "base_attention" else 1.0
+        self.gate = nn.Parameter(torch.full((self.num_heads,), start))
+        self.null_score = nn.Parameter(torch.zeros(self.num_heads))
+        self.strength_scale = nn.Parameter(torch.ones(self.num_heads))
+        self.age_scale = nn.Parameter(torch.zeros(self.num_heads))
+        hidden_size = attention.q.shape[1]
+        self.predictor: nn.Module | None = None
+        if config.surprise == "predictor":
+            self.predictor = nn.Sequential(
+                nn.Linear(hidden_size, config.predictor_rank), nn.SiLU(), nn.Linear(config.predictor_rank, hidden_size)
+            )
+            nn.init.zeros_(self.predictor[2].weight)
+
+    def encode(self, hidden: Tensor) -> Tensor:
+        """What is stored of a layer's input [B, T, D]: its normalised form, which attention sees."""
+        return self.norm(hidden.to(self.o_proj.weight.dtype))
+
+    def project(self, memory: EpisodicState) -> MemoryView:
+        """Keys, values and score biases of all slots.
+
+        A buffer slot's bias is strength_scale log(strength); a store slot's is -age_scale log(1 + age): heads learn how
+        much they prefer what is recent.
+        """
+        slots = torch.cat([memory.buffer, memory.store], dim=1)
+        keys = split_heads(self.k_proj(slots), self.num_key_value_heads)
+        if self.k_norm is not None:
+            keys = self.k_norm(keys)
+        values = split_heads(self.v_proj(slots), self.num_key_value_heads)
+        live = torch.cat([memory.live_buffer(self.config), memory.live_store()], dim=1)
+        decayed = self.strength_scale[:, None] * memory.strength.clamp_min(1e-9).log()[:, None]
+        aged = -self.age_scale[:, None] * torch.log1p(memory.store_age)[:, None]
+        bias = torch.cat([decayed, aged], dim=-1).masked_fill(~live[:, None], -torch.inf)
+        return MemoryView(keys, values, bias, memory.store.shape[1])
+
+    def forward(self, encoded: Tensor, view: MemoryView) -> tuple[Tensor, Tensor]:
+        """Read memory.
+
+        Args:
+            encoded: [B, T, D], what `encode` made of the layer's input.
+
+        Returns:
+            What to add to the residual stream, [B, T, D], and the attention mass that every store slot received from
+            each token, [B, T, M], a mean over heads.
+        """
+        batch, length, _ = encoded.shape
+        query = self.q_proj(encoded).view(batch, length, self.num_heads, -1).transpose(1, 2)
+        if self.q_norm is not None:
+            query = self.q_norm(query)
+        groups = self.num_heads // self.num_key_value_heads
+        query = query.reshape(batch, self.num_key_value_heads, groups * length, -1)
+        score = (query @ view.keys.transpose(2, 3)).view(batch, self.num_heads, length, -1)
+        score = score.float() * self.scale + view.bias[:, :, None]
+        null = self.null_score.float()[None, :, None, None].expand(batch, -1, length, 1)
+        weight = torch.cat([score, null], dim=-1).softmax(-1)[..., :-1]
+        access = weight[..., weight.shape[-1] - view.stored :].detach().mean(1)
+        weight = weight * self.gate.float().tanh()[:, None, None]
+        weight = weight.to(view.values.dtype).view(batch, self.num_key_value_heads, groups * length, -1)
+        read = (weight @ view.values).view(batch, self.num_heads, length, -1).transpose(1, 2)
+        return self.o_proj(read.reshape(batch, length, -1)), access
+
+    def view_of(self, layer: EpisodicLayer) -> MemoryView | None:
+        """The committed memory of a cache layer, None for a blank one; kept while no gradient needs it and weights stay."""
+        memory = layer.readable
+        if memory is None:
+            return None
+        if torch.is_grad_enabled():
+            return self.project(memory)
+        autocast = torch.is_autocast_enabled(memory.buffer.device.type)
+        key = (id(self), autocast, *(parameter._version for parameter in self.parameters()))
+        if layer.projected is None or layer.projected[0] != key:
+            layer.projected = (key, self.project(memory))
+        return layer.projected[1]
+
+    def prediction_error(self, encoded: Tensor, previous: Tensor) -> Tensor:
+        """RMS error of the predictor of a token's stored form from that of the token before, [B, T].
+
+        Args:
+            encoded: [B, T, D]. previous: [B, T, D], the tokens before those; zero at a conversation's start.
+        """
+        assert self.predictor is not None
+        target = nn.functional.rms_norm(encoded.float(), encoded.shape[-1:])
+        source = nn.functional.rms_norm(previous.float(), previous.shape[-1:])
+        return (self.predictor(source) - target).float().square().mean(-1).sqrt()
+
+
+def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A linear layer that starts as a float32 copy of `weight` [out, in] and `bias` [out]."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, dtype=torch.float32)
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+        if bias is not None:
+            layer.bias.copy_(bias)
+    return layer
+
+
+def split_heads(projected: Tensor, heads: int) -> Tensor:
+    """[B, N, heads * d] to [B, heads, N, d]."""
+    return projected.unflatten(-1, (heads, -1)).transpose(1, 2)

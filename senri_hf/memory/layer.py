@@ -1,0 +1,123 @@
+"""One memory layer of a cache, whatever its mechanism: what the cache asks of it."""
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, STATIC_LAYER_TYPE_MAPPING, DummyLayer
+
+
+# Tokens that can be taken back: more than assisted and prompt-lookup decoding ever propose at once.
+ROLLBACK_TOKENS = 64
+
+
+class MemoryLayer(DummyLayer):
+    """A cache layer that holds memory and no context.
+
+    As a `DummyLayer` it is passed by where transformers builds masks, offloads or measures the context, and reached
+    by every operation on rows. Subclasses register `_layer_type` for both dynamic and static caches.
+
+    Attributes:
+        layer_idx: Index of the decoder layer that reads and writes it.
+        adapter_name: Name of the adapter it belongs to.
+        is_read_only: While True, nothing at all is written.
+    """
+
+    supports_early_init = False
+    is_compileable = False
+    is_croppable = True
+    _layer_type: ClassVar[str | None] = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls._layer_type is not None:
+            DYNAMIC_LAYER_TYPE_MAPPING[cls._layer_type] = cls
+            STATIC_LAYER_TYPE_MAPPING[cls._layer_type] = cls
+
+    def __init__(self, layer_idx: int = 0, adapter_name: str = "default") -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.adapter_name = adapter_name
+        self.is_read_only = False
+
+    # What a mechanism provides.
+
+    @abstractmethod
+    def map_rows(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Apply `function` to every tensor held; each has the batch as first dimension."""
+
+    @abstractmethod
+    def clear_context(self) -> None:
+        """The conversation is over: what was staged becomes memory."""
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Forget everything."""
+
+    @abstractmethod
+    def rollback(self, tokens: int) -> None:
+        """Take back the last `tokens` columns; ValueError when they are further back than can be taken back."""
+
+    @abstractmethod
+    def decay(self, cycles: int) -> None:
+        """Let `cycles` conversations pass."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Tensor]:
+        """The memory as it would be after `clear_context()`; empty when there is none."""
+
+    @abstractmethod
+    def check_state_dict(self, tensors: dict[str, Tensor]) -> None:
+        """ValueError naming what in `tensors` does not fit this layer."""
+
+    @abstractmethod
+    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
+        """Hold the memory in `tensors`, already checked."""
+
+    @property
+    @abstractmethod
+    def rows(self) -> int | None:
+        """Rows of the batch, None while nothing is held."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes of memory, without the context."""
+
+    @property
+    @abstractmethod
+    def tokens_seen(self) -> Tensor | None:
+        """Tokens written in each row's life, [batch] int64; None while nothing is held."""
+
+    @abstractmethod
+    def summary(self) -> dict[str, float]:
+        """How full the layer is, for a person: means over rows by name."""
+
+    # What follows from that.
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.map_rows(lambda tensor: tensor[indices.to(tensor.device)])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.map_rows(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last `-tokens_to_remove` tokens, as `Cache.crop` counts them."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop({tokens_to_remove}) was called, but tokens to remove are counted as a negative number")
+        if tokens_to_remove:
+            self.rollback(-tokens_to_remove)
+
+    def check_rows(self, batch_size: int) -> None:
+        """ValueError when the memory holds another number of rows than the batch that reads it."""
+        if self.rows is not None and self.rows != batch_size:
+            raise ValueError(
+                f"The memory holds {self.rows} row(s), but the batch has {batch_size}. Use memory.fork(n) for n "
+                "continuations of every row (beams, num_return_sequences), memory.select_rows(indices) to pick rows, or "
+                "a new MemoryCache.for_model(model)"
+            )

@@ -199,6 +199,13 @@ class MemoryCache(DynamicCache):
         for layer in self.memory_layers:
             layer.detach()
 
+    def take_losses(self) -> list[Tensor]:
+        """The losses that memory layers gathered since they were last taken: those of surprise predictors."""
+        losses = [loss for layer in self.memory_layers for loss in layer.losses]
+        for layer in self.memory_layers:
+            layer.losses = []
+        return losses
+
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
         self._map_recent(lambda tensor: tensor[indices.to(tensor.device)])

@@ -104,7 +104,6 @@ class EpisodicLayer(MemoryLayer):
         self.config = config if config is not None else EpisodicConfig()
         self.now: Progress | None = None
         self.journal: Journal | None = None
-        self.losses: list[Tensor] = []  # of the surprise predictor, until the trainer takes them
         self.projected: tuple[Any, Any] | None = None  # what a reader derived from the committed memory
 
     @property

@@ -11,6 +11,10 @@ from .episodic import EpisodicState
 from .episodic_layer import EpisodicLayer
 
 
+# Conversations that are told apart when memory is read; older ones are taken together.
+CONVERSATIONS = 64
+
+
 @dataclass
 class AttentionWeights:
     """A layer's own attention, as a memory read can start from it.
@@ -48,7 +52,9 @@ class MemoryView:
     """A memory as a reader sees it: keys and values of its slots. H heads, G key/value heads, head size d."""
 
     keys: Tensor  # [B, G, N + M, d]
+    topic_keys: Tensor  # [B, G, N + M, d]
     values: Tensor  # [B, G, N + M, d]
+    conversation: Tensor  # [B, C, N + M] 1 where a slot was written in a conversation, most recent first
     bias: Tensor  # [B, H, N + M] added to scores; minus infinity hides a slot
     stored: int  # M
 
@@ -57,8 +63,12 @@ class EpisodicReader(nn.Module):
     """Multi-head cross-attention from a layer's tokens to the memory's slots, and the surprise of those tokens.
 
     Slots hold the layer's normalised input; the projections are applied when they are read, so that each of them
-    learns. Beside the slots every head sees a null slot of value zero with a learned score: a token for which memory
-    holds nothing reads nothing. What is read goes through a tanh gate per head, which starts at zero with
+    learns. The score of a slot is that of its own key, plus the evidence that the conversation in which it was written is
+    the one that is asked about: the log of the summed exponential of topic scores over that conversation's slots. (A
+    causal model's state of "Tom" in "Tom is my brother" knows nothing of a brother; the conversation does.)
+
+    Beside the slots every head sees a null slot of value zero with a learned score: a token for which memory holds
+    nothing reads nothing. What is read goes through a tanh gate per head, which starts at zero with
     `init="base_attention"`, and the output projection.
     """
 
@@ -71,11 +81,17 @@ class EpisodicReader(nn.Module):
         self.q_proj = linear(attention.q, attention.biases.get("q"))
         self.k_proj = linear(attention.k, attention.biases.get("k"))
         self.v_proj = linear(attention.v, attention.biases.get("v"))
+        # One topic query per key/value group, which starts as the first query head of the group.
+        head_size = attention.q.shape[0] // self.num_heads
+        first = attention.q.unflatten(0, (self.num_key_value_heads, -1))[:, :head_size].flatten(0, 1)
+        self.topic_q_proj = linear(first, None)
+        self.topic_k_proj = linear(attention.k, None)
         self.o_proj = linear(attention.o, None)
         self.q_norm, self.k_norm = copy.deepcopy(attention.q_norm), copy.deepcopy(attention.k_norm)
         start = 0.0 if config.init == "base_attention" else 1.0
         self.gate = nn.Parameter(torch.full((self.num_heads,), start))
         self.null_score = nn.Parameter(torch.zeros(self.num_heads))
+        self.topic_scale = nn.Parameter(torch.ones(self.num_heads))
         self.strength_scale = nn.Parameter(torch.ones(self.num_heads))
         self.age_scale = nn.Parameter(torch.zeros(self.num_heads))
         hidden_size = attention.q.shape[1]
@@ -100,12 +116,16 @@ class EpisodicReader(nn.Module):
         keys = split_heads(self.k_proj(slots), self.num_key_value_heads)
         if self.k_norm is not None:
             keys = self.k_norm(keys)
+        topic_keys = split_heads(self.topic_k_proj(slots), self.num_key_value_heads)
         values = split_heads(self.v_proj(slots), self.num_key_value_heads)
+        age = torch.cat([memory.buffer_age, memory.store_age], dim=1).clamp_max(CONVERSATIONS - 1)
         live = torch.cat([memory.live_buffer(self.config), memory.live_store()], dim=1)
         decayed = self.strength_scale[:, None] * memory.strength.clamp_min(1e-9).log()[:, None]
         aged = -self.age_scale[:, None] * torch.log1p(memory.store_age)[:, None]
         bias = torch.cat([decayed, aged], dim=-1).masked_fill(~live[:, None], -torch.inf)
-        return MemoryView(keys, values, bias, memory.store.shape[1])
+        conversation = age[:, None] == torch.arange(CONVERSATIONS, device=age.device)[:, None]
+        conversation = (conversation & live[:, None]).to(torch.float32)
+        return MemoryView(keys, topic_keys, values, conversation, bias, memory.store.shape[1])
 
     def forward(self, encoded: Tensor, view: MemoryView) -> tuple[Tensor, Tensor]:
         """Read memory.
@@ -125,6 +145,8 @@ class EpisodicReader(nn.Module):
         query = query.reshape(batch, self.num_key_value_heads, groups * length, -1)
         score = (query @ view.keys.transpose(2, 3)).view(batch, self.num_heads, length, -1)
         score = score.float() * self.scale + view.bias[:, :, None]
+        topic = self.topic_score(encoded, view)[:, :, None] * self.topic_scale.view(1, self.num_key_value_heads, -1, 1, 1)
+        score = score + topic.flatten(1, 2)
         null = self.null_score.float()[None, :, None, None].expand(batch, -1, length, 1)
         weight = torch.cat([score, null], dim=-1).softmax(-1)[..., :-1]
         access = weight[..., weight.shape[-1] - view.stored :].detach().mean(1)
@@ -132,6 +154,14 @@ class EpisodicReader(nn.Module):
         weight = weight.to(view.values.dtype).view(batch, self.num_key_value_heads, groups * length, -1)
         read = (weight @ view.values).view(batch, self.num_heads, length, -1).transpose(1, 2)
         return self.o_proj(read.reshape(batch, length, -1)), access
+
+    def topic_score(self, encoded: Tensor, view: MemoryView) -> Tensor:
+        """Evidence for the conversation of every slot, [B, G, T, N + M]."""
+        query = split_heads(self.topic_q_proj(encoded), self.num_key_value_heads)
+        match = (query @ view.topic_keys.transpose(2, 3)).float() * self.scale
+        match = match - match.detach().amax(-1, keepdim=True)
+        evidence = (match.exp() @ view.conversation[:, None].transpose(2, 3)).clamp_min(1e-9).log()
+        return evidence @ view.conversation[:, None]
 
     def view_of(self, layer: EpisodicLayer) -> MemoryView | None:
         """The committed memory of a cache layer, None for a blank one; kept while no gradient needs it and weights stay."""

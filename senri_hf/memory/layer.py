@@ -23,6 +23,7 @@ class MemoryLayer(DummyLayer):
         layer_idx: Index of the decoder layer that reads and writes it.
         adapter_name: Name of the adapter it belongs to.
         is_read_only: While True, nothing at all is written.
+        losses: Losses of the mechanism's own parts, until the trainer takes them.
     """
 
     supports_early_init = False
@@ -41,6 +42,7 @@ class MemoryLayer(DummyLayer):
         self.layer_idx = layer_idx
         self.adapter_name = adapter_name
         self.is_read_only = False
+        self.losses: list[Tensor] = []
 
     # What a mechanism provides.
 
@@ -59,6 +61,14 @@ class MemoryLayer(DummyLayer):
     @abstractmethod
     def rollback(self, tokens: int) -> None:
         """Take back the last `tokens` columns; ValueError when they are further back than can be taken back."""
+
+    @abstractmethod
+    def detach(self) -> None:
+        """Cut the graph that leads to what was written."""
+
+    @abstractmethod
+    def copy(self) -> "MemoryLayer":
+        """A layer that goes its own way from here."""
 
     @abstractmethod
     def decay(self, cycles: int) -> None:

@@ -1,0 +1,180 @@
+"""Train a memory adapter that remembers what a person said in an earlier conversation.
+
+    python examples/name_recall/train.py --model smollm2-135m-instruct
+
+Checkpoints are adapters (safetensors); `training_history.json`, a log and a plot of loss and accuracy stand beside them.
+"""
+
+import argparse
+import itertools
+import json
+import logging
+import time
+from pathlib import Path
+
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import TrainerCallback, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+import senri_hf
+from senri_hf.tasks import distractor_conversations, recall_episodes, training_mixture
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", default="smollm2-135m-instruct", help="a name that senri_hf.load_base knows, a Hub id or a folder")
+    add("--lr", type=float, default=1e-4, help="learning rate; gates have 30 times as much")
+    add("--epochs", type=int, default=10, help="passes over the training episodes")
+    add("--batch-size", type=int, default=1, help="episodes per forward pass")
+    add("--grad-accum", type=int, default=4, help="forward passes per optimizer step")
+    add("--eval-every", type=int, default=50, help="evaluate every N steps")
+    add("--save-every", type=int, default=200, help="save a checkpoint every N steps")
+    add("--checkpoint-dir", type=Path, default=Path("checkpoints"), help="where checkpoints go")
+    add("--resume", nargs="?", const="last", help="go on from a checkpoint folder; from the last one without a value")
+    add("--memory-layers", default="3,6,9", help="comma-separated indices of decoder layers; 'auto' for every third")
+    add("--num-train", type=int, default=500, help="training episodes")
+    add("--num-val", type=int, default=50, help="validation episodes")
+    add("--task", choices=("names", "facts"), default="facts", help="names only, or a mixture of everything told")
+    add("--max-steps", type=int, default=-1, help="stop after this many steps, whatever the epochs")
+    add("--buffer-slots", type=int, default=256, help="slots of the short-term buffer")
+    add("--store-slots", type=int, default=128, help="slots of the surprise-gated store")
+    add("--init", choices=("base_attention", "zero"), default="base_attention", help="what the memory read starts from")
+    add("--keep-every", type=int, default=4, help="every N-th episode also asks to stay as the base model is; 0: none")
+    add("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="dtype of the frozen base model")
+    add("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+def training_episodes(task: str, count: int, seed: int, keep_every: int) -> list[dict]:
+    """Episodes as lists of conversations; every `keep_every`-th ends with an ordinary conversation to leave alone."""
+    if task == "names":
+        episodes = recall_episodes(count, split="train", relations="name", seed=seed)
+    else:
+        episodes = list(itertools.islice(training_mixture(seed), count))
+    rows = [{"conversations": episode.conversations} for episode in episodes]
+    ordinary = distractor_conversations("train")
+    for index in range(0, len(rows), keep_every) if keep_every else []:
+        conversation = [dict(message) for message in ordinary[index // keep_every % len(ordinary)]]
+        conversation[-1]["keep"] = True
+        rows[index] = {"conversations": [*rows[index]["conversations"], conversation]}
+    return rows
+
+
+def validation_episodes(task: str, count: int, seed: int) -> list[dict]:
+    """Episodes with values and phrasings that training never sees."""
+    if task == "names":
+        episodes = recall_episodes(count, split="validation", relations="name", seed=seed)
+    else:
+        episodes = recall_episodes(count, split="validation", facts=4, seed=seed)
+    return [{"conversations": episode.conversations} for episode in episodes]
+
+
+class History(TrainerCallback):
+    """Keeps `training_history.json` and its plot up to date, and the best adapter so far."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.best = -1.0
+        self.logger = logging.getLogger("name_recall")
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.logger.info("step %d %s", state.global_step, json.dumps(logs))
+        path = self.folder / "training_history.json"
+        scratch = path.with_suffix(".tmp")
+        scratch.write_text(json.dumps(state.log_history, indent=1), encoding="utf-8")
+        scratch.replace(path)
+        plot(state.log_history, self.folder / "training.png")
+
+    def on_evaluate(self, args, state, control, metrics=None, model=None, **kwargs):
+        if metrics and metrics["eval_exact"] > self.best:
+            self.best = metrics["eval_exact"]
+            save_adapter(model, self.folder / "best")
+
+
+def plot(history: list[dict], path: Path) -> None:
+    """Loss and validation accuracy against steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, left = plt.subplots(figsize=(7, 4))
+    loss = [(h["step"], h["loss"]) for h in history if "loss" in h]
+    exact = [(h["step"], h["eval_exact"]) for h in history if "eval_exact" in h]
+    left.plot(*zip(*loss, strict=True), color="tab:blue", label="training loss") if loss else None
+    left.set_xlabel("optimizer steps")
+    left.set_ylabel("training loss", color="tab:blue")
+    right = left.twinx()
+    right.plot(*zip(*exact, strict=True), color="tab:orange", marker="o") if exact else None
+    right.set_ylim(0, 1)
+    right.set_ylabel("validation answers exactly right", color="tab:orange")
+    figure.tight_layout()
+    scratch = path.with_name("." + path.name)
+    figure.savefig(scratch, dpi=120)
+    plt.close(figure)
+    scratch.replace(path)
+
+
+def save_adapter(model: PeftModel, folder: Path) -> None:
+    """The adapter alone, in bfloat16."""
+    state = {name: p.detach().to(torch.bfloat16) for name, p in model.named_parameters() if p.requires_grad}
+    model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
+
+
+def main() -> None:
+    args = parse()
+    set_seed(args.seed)
+    args.checkpoint_dir.mkdir(parents=True, exist_ok=True)
+    log = logging.getLogger("name_recall")
+    log.setLevel(logging.INFO)
+    log.addHandler(logging.FileHandler(args.checkpoint_dir / time.strftime("training_%Y%m%d_%H%M%S.log")))
+    base, tokenizer = senri_hf.load_base(args.model, dtype=args.dtype)
+    layers = None if args.memory_layers == "auto" else [int(layer) for layer in args.memory_layers.split(",")]
+    config = senri_hf.MemoryAdapterConfig(
+        task_type="CAUSAL_LM",
+        layers_to_transform=layers,
+        buffer_slots=args.buffer_slots,
+        store_slots=args.store_slots,
+        init=args.init,
+    )
+    model = get_peft_model(base, config)
+    model.print_trainable_parameters()
+    trainer = senri_hf.MemoryTrainer(
+        model=model,
+        args=senri_hf.MemoryTrainingArguments(
+            output_dir=str(args.checkpoint_dir),
+            learning_rate=args.lr,
+            num_train_epochs=args.epochs,
+            max_steps=args.max_steps,
+            per_device_train_batch_size=args.batch_size,
+            per_device_eval_batch_size=max(8, args.batch_size),
+            gradient_accumulation_steps=args.grad_accum,
+            eval_strategy="steps",
+            eval_steps=args.eval_every,
+            save_steps=args.save_every,
+            save_total_limit=2,
+            logging_steps=10,
+            lr_scheduler_type="cosine",
+            warmup_steps=10,
+            weight_decay=0.01,
+            max_grad_norm=1.0,
+            bf16=args.dtype == "bfloat16",
+            use_cpu=not torch.cuda.is_available(),
+            report_to="none",
+            seed=args.seed,
+        ),
+        train_dataset=training_episodes(args.task, args.num_train, args.seed, args.keep_every),
+        eval_dataset=validation_episodes(args.task, args.num_val, args.seed + 1),
+        data_collator=senri_hf.EpisodeCollator(tokenizer),
+        callbacks=[History(args.checkpoint_dir)],
+    )
+    resume = get_last_checkpoint(str(args.checkpoint_dir)) if args.resume == "last" else args.resume
+    trainer.train(resume_from_checkpoint=resume)
+    save_adapter(model, args.checkpoint_dir / "final")
+    print(f"The adapter is in {args.checkpoint_dir / 'final'}, the best by validation in {args.checkpoint_dir / 'best'}")
+
+
+if __name__ == "__main__":
+    main()

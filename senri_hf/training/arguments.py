@@ -1,0 +1,34 @@
+"""Arguments of the memory trainer."""
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+
+@dataclass
+class MemoryTrainingArguments(TrainingArguments):
+    """`TrainingArguments` with what memory needs.
+
+    Args:
+        detach_every: Conversations through which a loss is followed back into what was written: with 1 memory is data to
+            every conversation, with n an answer also teaches how the n - 1 conversations before were read while they
+            were written.
+        gate_learning_rate_multiplier: Learning rate of gates and other scalars per head, as a multiple of the others'.
+        predictor_loss_weight: Weight of the surprise predictor's own loss; 0 leaves the predictor as it is.
+        keep_loss_weight: Weight of the divergence from the base model where a conversation is marked `keep`.
+    """
+
+    detach_every: int = field(default=1, metadata={"help": "Conversations between cuts of the gradient."})
+    gate_learning_rate_multiplier: float = field(default=30.0, metadata={"help": "Gates' multiple of the learning rate."})
+    predictor_loss_weight: float = field(default=1.0, metadata={"help": "Weight of the surprise predictor's loss."})
+    keep_loss_weight: float = field(default=1.0, metadata={"help": "Weight of staying as the base model is."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # A batch is a list of conversations; dropping columns that forward() does not name would drop all of it.
+        self.remove_unused_columns = False
+        if self.detach_every < 1:
+            raise ValueError(f"detach_every={self.detach_every} was given, but it must be a whole number of at least 1")
+        for name in ("gate_learning_rate_multiplier", "predictor_loss_weight", "keep_loss_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} was given, but it must not be negative")

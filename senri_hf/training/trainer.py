@@ -1,0 +1,136 @@
+"""Training of memory on episodes."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.trainer_utils import EvalPrediction
+
+from ..memory import MemoryCache
+from .arguments import MemoryTrainingArguments
+from .episodes import IGNORED
+
+
+SCALARS = (".gate", ".null_score", ".topic_scale", ".strength_scale", ".age_scale")
+
+
+class MemoryTrainer(Trainer):
+    """A `Trainer` whose examples are episodes: conversations in order, with the context cleared between them.
+
+    Every step starts with an empty memory. Conversations without a label are read without a graph, those with one add
+    their loss; the memory that they leave is what the next ones read. Give it an `EpisodeCollator`.
+
+    Evaluation reports `exact`: the share of labelled conversations of which every labelled token comes out on top.
+    """
+
+    args: MemoryTrainingArguments
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("compute_metrics", exact_share)
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = False
+        self.label_names = []
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The optimizer of `args`, with gates and other scalars per head at their own rate and without weight decay."""
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            decayed = set(self.get_decay_parameter_names(model))
+            groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad:
+                    scalar = name.endswith(SCALARS)
+                    groups.setdefault((scalar, name in decayed and not scalar), []).append(parameter)
+            rate, faster = self.args.learning_rate, self.args.gate_learning_rate_multiplier
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            self.optimizer = optimizer_class(
+                [
+                    {
+                        "params": parameters,
+                        "lr": rate * faster if scalar else rate,
+                        "weight_decay": self.args.weight_decay if decay else 0.0,
+                    }
+                    for (scalar, decay), parameters in groups.items()
+                ],
+                **options,
+            )
+        return self.optimizer
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        loss, exact = self.run_episodes(model, inputs["conversations"])
+        return (loss, {"exact": exact}) if return_outputs else loss
+
+    def run_episodes(self, model: nn.Module, conversations: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
+        """The loss of a batch of episodes, and which labelled conversations came out exactly, [labelled, B].
+
+        A row without a label in a conversation counts as NaN there.
+        """
+        memory = self.new_memory(model)
+        learning = torch.is_grad_enabled()
+        losses, counts, exact = [], [], []
+        for index, conversation in enumerate(conversations):
+            learns, keeps = bool(conversation["learns"]), bool(conversation["keeps"])
+            group = index // self.args.detach_every * self.args.detach_every
+            followed = any(c["learns"] or c["keeps"] for c in conversations[index : group + self.args.detach_every])
+            columns = learned_columns(conversation) if learns or keeps else torch.tensor([0])
+            arguments = {name: conversation[name] for name in ("input_ids", "attention_mask")}
+            arguments["logits_to_keep"] = columns.to(conversation["input_ids"].device)
+            with torch.set_grad_enabled(learning and followed):
+                logits = model(**arguments, past_key_values=memory).logits
+            if learns:
+                target = conversation["labels"][:, arguments["logits_to_keep"] + 1]
+                losses.append(nn.functional.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), reduction="sum"))
+                labelled = target != IGNORED
+                counts.append(labelled.sum())
+                right = ((logits.argmax(-1) == target) | ~labelled).all(1).float()
+                exact.append(right.masked_fill(~labelled.any(1), torch.nan))
+            if keeps and self.args.keep_loss_weight:
+                with torch.no_grad():  # without a cache there is no memory: the base model
+                    base = model(**arguments, use_cache=False).logits
+                marked = conversation["keep"][:, arguments["logits_to_keep"] + 1].bool()
+                divergence = nn.functional.kl_div(
+                    logits.float().log_softmax(-1), base.float().log_softmax(-1), log_target=True, reduction="none"
+                ).sum(-1)
+                losses.append(self.args.keep_loss_weight * (divergence * marked).sum())
+                counts.append(marked.sum())
+            memory.clear_context()
+            if (index + 1) % self.args.detach_every == 0:
+                memory.detach()
+        if not losses:
+            raise ValueError('No conversation of the batch has a labelled token: mark an assistant message with "train": True')
+        loss = torch.stack(losses).sum() / torch.stack(counts).sum().clamp_min(1)
+        predicted = memory.take_losses()
+        if predicted and self.args.predictor_loss_weight:
+            loss = loss + self.args.predictor_loss_weight * torch.stack(predicted).mean()
+        rows = conversations[0]["input_ids"].shape[0]
+        return loss, torch.stack(exact) if exact else loss.new_full((1, rows), torch.nan)
+
+    def new_memory(self, model: nn.Module) -> MemoryCache:
+        """An empty memory for the model."""
+        if not hasattr(self, "_blank_memory"):
+            self._blank_memory = MemoryCache.for_model(self.accelerator.unwrap_model(model))
+        return self._blank_memory.snapshot()
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, exact = self.run_episodes(model, inputs["conversations"])
+        share = exact.nanmean(0)
+        return loss.detach(), share, share
+
+
+def learned_columns(conversation: dict[str, Any]) -> Tensor:
+    """The columns whose next token is learned or kept in some row: those whose logits are needed."""
+    wanted = ((conversation["labels"] != IGNORED) | (conversation["keep"] == 1)).any(0)
+    return wanted[1:].nonzero()[:, 0]
+
+
+def exact_share(prediction: EvalPrediction) -> dict[str, float]:
+    """`exact`: the mean over episodes of the share of their labelled conversations that came out exactly."""
+    shares = torch.as_tensor(prediction.predictions)
+    return {"exact": float(shares.nanmean())}

@@ -129,8 +129,8 @@ class MemoryChat:
     ) -> tuple[str, TurnInfo]:
         """Add a message of the user to the conversation and get the model's reply.
 
-        Greedy unless `generate_kwargs` say otherwise. When anything is raised on the way, a KeyboardInterrupt or an error
-        of `streamer` included, the chat and its memory are as they were before.
+        Greedy unless `generate_kwargs` say otherwise. When anything is raised on the way, a KeyboardInterrupt or an
+        error of `streamer` included, the chat and its memory are as they were before.
 
         Args:
             text: The message.
@@ -143,8 +143,8 @@ class MemoryChat:
             The reply, and what the turn cost.
 
         Raises:
-            ValueError: for arguments that make no sense in a chat, for a conversation that outgrows the model's context,
-                and when the memory's context was changed outside of this chat.
+            ValueError: for arguments that make no sense in a chat, for a conversation that outgrows the model's
+                context, and when the memory's context was changed outside of this chat.
         """
         self._check_arguments(text, max_new_tokens, generate_kwargs)
         self._check_context()
@@ -187,7 +187,8 @@ class MemoryChat:
         stopping = StoppingCriteriaList(kwargs.pop("stopping_criteria", None) or [])
         if self._plain:
             stopping.append(StopAtNextMessage(self._decode, len(prompt)))
-        output = self.model.generate(
+        model: Any = self.model
+        output = model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             past_key_values=self.memory,
@@ -197,8 +198,13 @@ class MemoryChat:
             **{"do_sample": False, **kwargs},
         )
         sequence = output[0].tolist()
-        # The last token was generated and not fed.
-        self._ids = sequence[: self.memory.get_seq_length()]
+        held = self.memory.get_seq_length()
+        if held != len(sequence) - 1:  # the last token was generated and not fed
+            raise ValueError(
+                f"generate() left {held} tokens in context for a conversation of {len(sequence)}: with these "
+                f"settings it feeds a conversation more than once. Leave them out: {sorted(kwargs)}"
+            )
+        self._ids = sequence[:-1]
         generated = sequence[len(prompt) :]
         reply = self._text(generated)
         stream.flush(reply)
@@ -206,7 +212,7 @@ class MemoryChat:
 
     def _decode(self, ids: list[int]) -> str:
         # Cleaning up would change text that was streamed already.
-        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def _text(self, ids: list[int], *, complete: bool = True) -> str:
         """The text of generated ids: of a reply, or when not `complete` as much of it as later tokens cannot change."""
@@ -223,7 +229,7 @@ class MemoryChat:
 
     def _render(self, messages: list[dict[str, str]], *, reply_follows: bool) -> list[int]:
         """The ids that the chat template gives for messages."""
-        encoded = self.tokenizer.apply_chat_template(
+        encoded: Any = self.tokenizer.apply_chat_template(
             messages,
             chat_template=PLAIN_TEMPLATE if self._plain else None,
             add_generation_prompt=reply_follows,
@@ -246,15 +252,17 @@ class MemoryChat:
             self._feed_turns(ids)
 
     def _feed_turns(self, ids: list[int]) -> None:
-        """Feed the finished turns of this conversation again, as they stand in `ids`, each with its own memory update."""
+        """Feed the turns of this conversation again, as they stand in `ids`, each with its own memory update."""
         for turn, update in enumerate(self._updates):
-            until, following = self._messages[: 2 * turn + 1], self._messages[2 * turn + 2 :]
-            answer = shared_prefix(ids, self._render(until, reply_follows=True))
-            end = len(ids)
-            if following:
-                # What the next message cannot change is this turn's.
-                other = {"role": "user", "content": "b" if following[0]["content"].lstrip().startswith("a") else "a"}
-                end = shared_prefix(ids, self._render([*self._messages[: 2 * turn + 2], other], reply_follows=True))
+            question, answered = self._messages[: 2 * turn + 1], self._messages[: 2 * turn + 2]
+            answer = shared_prefix(ids, self._render(question, reply_follows=True))
+            closed = self._render(answered, reply_follows=False)
+            end = len(closed)
+            if ids[:end] != closed:
+                # The reply reads differently by now: this turn's is what no next message can change.
+                said = self._messages[len(answered)]["content"]
+                other = {"role": "user", "content": "b" if said.lstrip().startswith("a") else "a"}
+                end = shared_prefix(ids, self._render([*answered, other], reply_follows=True))
             self._feed(ids[len(self._ids) : answer], update)
             self._feed(ids[len(self._ids) : end], update and self._writes_replies)
 
@@ -292,8 +300,14 @@ class MemoryChat:
         for name in ("num_beams", "num_return_sequences"):
             if kwargs.get(name) not in (None, 1):
                 raise ValueError(
-                    f"{name}={kwargs[name]!r} was given, but a chat has one reply, streamed as it comes. Leave {name} out, or "
-                    "call generate() with memory.fork(n)"
+                    f"{name}={kwargs[name]!r} was given, but a chat has one reply, streamed as it comes. Leave "
+                    f"{name} out, or call generate() with memory.fork(n)"
+                )
+        for name in ("assistant_model", "prompt_lookup_num_tokens"):
+            if kwargs.get(name) is not None:
+                raise ValueError(
+                    f"{name} was given, but assisted decoding would read the whole conversation again: transformers "
+                    f"takes no context of earlier turns there. Leave {name} out"
                 )
         ours = sorted(
             kwargs.keys() & {"inputs", "input_ids", "attention_mask", "past_key_values", "return_dict_in_generate"}
@@ -308,16 +322,16 @@ class MemoryChat:
             self._forget_conversation()
         elif held != len(self._ids):
             raise ValueError(
-                f"The memory's context holds {held} tokens, but this chat put {len(self._ids)} there: something else was read "
-                "into it. Call chat.new_conversation(), and keep other texts to a memory.fork(1)"
+                f"The memory's context holds {held} tokens, but this chat put {len(self._ids)} there: something else "
+                "was read into it. Call chat.new_conversation(), and keep other texts to a memory.fork(1)"
             )
 
     def _check_room(self, tokens: int, max_new_tokens: int) -> None:
         limit = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         if limit is not None and tokens + max_new_tokens > limit:
             raise ValueError(
-                f"The conversation has {tokens} tokens and the reply may have {max_new_tokens}, but the model's context "
-                f"holds {limit}. Call chat.new_conversation(): the memory stays; or lower max_new_tokens"
+                f"The conversation has {tokens} tokens and the reply may have {max_new_tokens}, but the model's "
+                f"context holds {limit}. Call chat.new_conversation(): the memory stays; or lower max_new_tokens"
             )
 
 

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import torch
+from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
@@ -41,24 +42,27 @@ def parse() -> argparse.Namespace:
     add("--buffer-slots", type=int, default=256, help="slots of the short-term buffer")
     add("--store-slots", type=int, default=128, help="slots of the surprise-gated store")
     add("--init", choices=("base_attention", "zero"), default="base_attention", help="what the memory read starts from")
-    add("--keep-every", type=int, default=4, help="every N-th episode also asks to stay as the base model is; 0: none")
+    add("--keep-every", type=int, default=2, help="in every N-th episode small talk is to stay as without memory; 0: in none")
+    add("--read-told-live", action="store_true", help="read told conversations with memory, instead of once and without it")
     add("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="dtype of the frozen base model")
     add("--seed", type=int, default=0)
     return parser.parse_args()
 
 
 def training_episodes(task: str, count: int, seed: int, keep_every: int) -> list[dict]:
-    """Episodes as lists of conversations; every `keep_every`-th ends with an ordinary conversation to leave alone."""
+    """Episodes as lists of conversations. In every `keep_every`-th the last small talk is to stay as without memory."""
     if task == "names":
         episodes = recall_episodes(count, split="train", relations="name", seed=seed)
     else:
         episodes = list(itertools.islice(training_mixture(seed), count))
-    rows = [{"conversations": episode.conversations} for episode in episodes]
-    ordinary = distractor_conversations("train")
-    for index in range(0, len(rows), keep_every) if keep_every else []:
-        conversation = [dict(message) for message in ordinary[index // keep_every % len(ordinary)]]
-        conversation[-1]["keep"] = True
-        rows[index] = {"conversations": [*rows[index]["conversations"], conversation]}
+    ordinary = {conversation[0]["content"] for conversation in distractor_conversations("train")}
+    rows = []
+    for index, episode in enumerate(episodes):
+        conversations = [[dict(message) for message in conversation] for conversation in episode.conversations]
+        if keep_every and index % keep_every == 0:
+            for conversation in [c for c in conversations if c[0]["content"] in ordinary][-1:]:
+                conversation[-1]["keep"] = True
+        rows.append({"conversations": conversations, "length": len(conversations)})
     return rows
 
 
@@ -68,7 +72,7 @@ def validation_episodes(task: str, count: int, seed: int) -> list[dict]:
         episodes = recall_episodes(count, split="validation", relations="name", seed=seed)
     else:
         episodes = recall_episodes(count, split="validation", facts=4, seed=seed)
-    return [{"conversations": episode.conversations} for episode in episodes]
+    return [{"conversations": e.conversations, "length": len(e.conversations)} for e in episodes]
 
 
 class History(TrainerCallback):
@@ -156,17 +160,19 @@ def main() -> None:
             save_steps=args.save_every,
             save_total_limit=2,
             logging_steps=10,
+            train_sampling_strategy="group_by_length",
             lr_scheduler_type="cosine",
             warmup_steps=10,
             weight_decay=0.01,
+            reuse_told_states=not args.read_told_live,
             max_grad_norm=1.0,
             bf16=args.dtype == "bfloat16",
             use_cpu=not torch.cuda.is_available(),
             report_to="none",
             seed=args.seed,
         ),
-        train_dataset=training_episodes(args.task, args.num_train, args.seed, args.keep_every),
-        eval_dataset=validation_episodes(args.task, args.num_val, args.seed + 1),
+        train_dataset=Dataset.from_list(training_episodes(args.task, args.num_train, args.seed, args.keep_every)),
+        eval_dataset=Dataset.from_list(validation_episodes(args.task, args.num_val, args.seed + 1)),
         data_collator=senri_hf.EpisodeCollator(tokenizer),
         callbacks=[History(args.checkpoint_dir)],
     )

@@ -21,6 +21,7 @@ class MemoryAdapterConfig(EpisodicConfig, PeftConfig):
         layers_to_transform: Indices of the decoder layers that get a memory, from 0; every third layer of the upper two
             thirds when None. The resolved list is what is saved.
         layers_pattern: Dotted name of the `nn.ModuleList` of decoder layers, for a model in which it is not found.
+        modules_to_save: Names of modules of the base model that are trained and saved too, as in PEFT's own methods.
     """
 
     mechanism: str = field(default="episodic", metadata={"help": f"How memory is held, one of {MECHANISMS}."})
@@ -29,6 +30,10 @@ class MemoryAdapterConfig(EpisodicConfig, PeftConfig):
     )
     layers_pattern: str | None = field(
         default=None, metadata={"help": "Dotted name of the ModuleList of decoder layers, where it is not found."}
+    )
+
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules of the base model that are trained and saved too."}
     )
 
     def __post_init__(self) -> None:
@@ -51,10 +56,10 @@ class MemoryAdapterConfig(EpisodicConfig, PeftConfig):
             chosen = list(range(num_layers // 3 + (num_layers - 1 - num_layers // 3) % 3, num_layers, 3))
         elif isinstance(chosen, int):
             chosen = [chosen]
-        wrong = [i for i in chosen if not isinstance(i, int) or not 0 <= i < num_layers]
+        wrong = [i for i in chosen if not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < num_layers]
         if wrong or not chosen or len(set(chosen)) != len(chosen):
             raise ValueError(
-                f"layers_to_transform={self.layers_to_transform!r} was given, but it must name different layers from 0 to "
-                f"{num_layers - 1}"
+                f"layers_to_transform={self.layers_to_transform!r} was given, but it must name different layers from 0 "
+                f"to {num_layers - 1}"
             )
         return sorted(chosen)

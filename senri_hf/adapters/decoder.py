@@ -14,7 +14,10 @@ from ..memory import AttentionWeights
 def find_decoder(model: PreTrainedModel) -> nn.Module:
     """The module that runs the decoder layers and returns their last hidden state."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-    return decoder if decoder is not None else model
+    # In some models the projection to the vocabulary is called a decoder.
+    if decoder is None or not any(isinstance(module, nn.ModuleList) for module in decoder.modules()):
+        return model.base_model
+    return decoder
 
 
 def find_decoder_layers(model: PreTrainedModel, pattern: str | None = None) -> nn.ModuleList:
@@ -29,18 +32,26 @@ def find_decoder_layers(model: PreTrainedModel, pattern: str | None = None) -> n
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     if pattern is not None:
         if pattern not in lists:
-            raise ValueError(f"layers_pattern={pattern!r} was given, but {type(model).__name__} has these lists: {sorted(lists)}")
+            raise ValueError(
+                f"layers_pattern={pattern!r} was given, but {type(model).__name__} has these lists: {sorted(lists)}"
+            )
         return lists[pattern]
-    count = model.config.get_text_config(decoder=True).num_hidden_layers
+    count = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
     whole = set(getattr(model, "_no_split_modules", None) or [])
     decoder = find_decoder(model)
-    candidates = [
+    counted = [
         module
         for _, module in sorted(decoder.named_modules(), key=lambda item: item[0].count("."))
-        if isinstance(module, nn.ModuleList)
-        and len(module) == count
-        and all(isinstance(layer, GradientCheckpointingLayer) or type(layer).__name__ in whole for layer in module)
+        if isinstance(module, nn.ModuleList) and len(module) == count
     ]
+    candidates = [
+        module
+        for module in counted
+        if all(isinstance(layer, GradientCheckpointingLayer) or type(layer).__name__ in whole for layer in module)
+    ]
+    if not candidates and len(counted) == 1:
+        # Older models mark their layers in no way, but there is one such list only.
+        candidates = counted
     if not candidates:
         raise ValueError(
             f"No list of {count} decoder layers was found in {type(model).__name__}. Name it with layers_pattern, one of "
@@ -51,7 +62,7 @@ def find_decoder_layers(model: PreTrainedModel, pattern: str | None = None) -> n
 
 def input_norm(layer: nn.Module, hidden_size: int) -> nn.Module:
     """A copy, in float32, of the norm before a layer's attention; an RMS norm of its own where it has none."""
-    for name in ("input_layernorm", "ln_1", "attention_norm", "norm1"):
+    for name in ("input_layernorm", "attention_layernorm", "ln_1", "attention_norm", "norm1"):
         norm = getattr(layer, name, None)
         if isinstance(norm, nn.Module):
             return copy.deepcopy(norm).float()
@@ -78,6 +89,14 @@ def attention_weights(layer: nn.Module) -> AttentionWeights:
     Raises:
         ValueError: when the attention is laid out in a way that is not known, with what to do instead.
     """
+    try:
+        return known_attention(layer)
+    except AttributeError as error:
+        raise unknown_attention(layer) from error
+
+
+def known_attention(layer: nn.Module) -> AttentionWeights:
+    """`attention_weights`, where an attribute that is looked for may be missing."""
     attention = next((getattr(layer, n) for n in ("self_attn", "attention", "attn") if hasattr(layer, n)), None)
     config = getattr(attention, "config", None)
     if attention is None or config is None:
@@ -107,15 +126,19 @@ def attention_weights(layer: nn.Module) -> AttentionWeights:
         biases = dict(zip("qkv", parts, strict=False))
     else:
         raise unknown_attention(layer)
-    scale = getattr(attention, "scaling", None) or (weights["q"].shape[0] // heads) ** -0.5
+    head_size = weights["q"].shape[0] // heads
+    norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+    if any(p.shape[-1] not in (1, head_size) for norm in norms if norm is not None for p in norm.parameters()):
+        raise unknown_attention(layer)  # normalised over all heads at once
+    scale = getattr(attention, "scaling", None) or head_size**-0.5
     return AttentionWeights(
         **weights,
         num_heads=heads,
         num_key_value_heads=groups,
         scale=float(scale),
         biases=biases,
-        q_norm=getattr(attention, "q_norm", None),
-        k_norm=getattr(attention, "k_norm", None),
+        q_norm=norms[0],
+        k_norm=norms[1],
     )
 
 

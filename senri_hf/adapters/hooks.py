@@ -5,11 +5,12 @@ They run outside of gradient checkpointing, which recomputes `forward` only, so 
 """
 
 import inspect
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from ..memory import EpisodicLayer, EpisodicReader, MemoryCache
@@ -33,7 +34,7 @@ class ForwardContext:
     """What the hooks of one model share during a forward pass; empty between passes.
 
     Attributes:
-        num_heads: Attention heads of the model; `output_embeddings` and `softcap` make its logits of hidden states.
+        num_heads: Attention heads of the model; `model`'s output embeddings and `softcap` make logits of hidden states.
         pad_id, end_ids: Tokens that follow a finished row, and those that finish one.
         memory: The cache of this pass, if it is a memory cache.
         real: [B, T] the tokens that are no padding; `all_real` when that needs no look.
@@ -41,7 +42,7 @@ class ForwardContext:
     """
 
     num_heads: int
-    output_embeddings: nn.Module | None = None
+    model: PreTrainedModel | None = None
     softcap: float | None = None
     pad_id: int | None = None
     end_ids: tuple[int, ...] = ()
@@ -67,6 +68,8 @@ def decoder_pre_hook(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str
         return
     ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
     tokens = ids if ids is not None else embeds
+    for layer in cache.memory_layers:  # before attention has taken anything in
+        layer.check_rows(tokens.shape[0])
     real, all_real = real_tokens(tokens, given.get("attention_mask"), given.get("position_ids"), given)
     if ids is not None and context.pad_id is not None:
         real = real & ~padding_after_end(ids, cache.recent_ids, context)
@@ -124,8 +127,9 @@ def read_and_write(
         return read_then_write(reader, memory, encoded, real, context)
     reads = []
     for start, stop in memory.blocks(real):
-        piece = encoded[:, start:stop]
-        read = read_then_write(reader, memory, piece, real[:, start:stop], context)
+        # Copies: what waits for its segment would keep the whole alive.
+        piece = encoded[:, start:stop].clone()
+        read = read_then_write(reader, memory, piece, real[:, start:stop].clone(), context)
         reads.append(torch.zeros_like(piece) if read is None else read)
     return torch.cat(reads, dim=1)
 
@@ -140,18 +144,24 @@ def read_then_write(
     else:
         read, access = reader(encoded, view)
     if reader.predictor is None:
-        context.waiting.append(Written(memory, encoded.float(), access))
-        return read
-    before = memory.previous(encoded)
-    previous = shift(encoded.detach(), real, before, context.all_real)
+        context.waiting.append(Written(memory, encoded, access))
+    else:
+        write_predicted(reader, memory, Tokens(encoded, torch.zeros_like(encoded[..., 0]), access, real), context.all_real)
+    return read
+
+
+def write_predicted(reader: EpisodicReader, memory: EpisodicLayer, tokens: Tokens, all_real: bool) -> None:
+    """Write tokens with the surprise that the reader's predictor finds in them; where it trains, keep its loss."""
+    assert reader.predictor is not None
+    encoded, real = tokens.hidden.detach(), tokens.real
+    previous = shift(encoded, real, memory.previous(encoded), all_real)
     # Where the predictor learns it does so from every token read, those of conversations without a loss included.
     learns = reader.training and next(reader.predictor.parameters()).requires_grad
     with torch.set_grad_enabled(learns):
-        error = reader.prediction_error(encoded.detach(), previous)
+        error = reader.prediction_error(encoded, previous)
     if learns:
         memory.losses.append((error.square() * real).sum() / real.sum().clamp_min(1))
-    memory.append(Tokens(encoded.float(), error.detach(), access, real))
-    return read
+    memory.append(replace(tokens, surprise=error.detach()))
 
 
 def shift(hidden: Tensor, real: Tensor, before: Tensor, all_real: bool) -> Tensor:
@@ -186,7 +196,7 @@ def real_tokens(
     if given.get("cu_seq_lens_q") is not None or given.get("seq_idx") is not None:
         raise packed()
     if isinstance(mask, Tensor) and mask.dim() == 2:
-        return mask[:, -length:].bool(), False
+        return mask[:, -length:] != 0, False
     if position_ids is None or position_ids.dim() != 2 or length == 1:
         return everything, True
     step = position_ids[:, 1:] - position_ids[:, :-1]
@@ -212,7 +222,7 @@ def padding_after_end(ids: Tensor, recent: Tensor | None, context: ForwardContex
 
     A padding token after an end or after another padding token is such padding.
     """
-    before = ids.new_full((ids.shape[0], 1), -1) if recent is None else recent[:, -1:]
+    before = ids.new_full((ids.shape[0], 1), -1) if recent is None or not recent.shape[1] else recent[:, -1:]
     previous = torch.cat([before, ids[:, :-1]], dim=1)
     ended = previous == context.pad_id
     for end_id in context.end_ids:
@@ -223,7 +233,7 @@ def padding_after_end(ids: Tensor, recent: Tensor | None, context: ForwardContex
 def negative_log_likelihood(context: ForwardContext, hidden: Tensor) -> Tensor:
     """-log p of every token [B, T] under the model, from the hidden state of the real token before it; 0 at the start."""
     memory, real, ids = context.memory, context.real, context.ids
-    assert memory is not None and real is not None
+    assert memory is not None and real is not None and context.model is not None
     if ids is None:
         raise ValueError("surprise='nll' needs token ids, but inputs_embeds were given; pass input_ids or use surprise='predictor'")
     if memory.recent_hidden is None or memory.recent_real is None:
@@ -235,9 +245,11 @@ def negative_log_likelihood(context: ForwardContext, hidden: Tensor) -> Tensor:
     before = columns.new_zeros(columns.shape[0], columns.shape[-1])
     source = shift(columns, seen, before, all_real=False)[:, start:]
     known = (seen.long().cumsum(1) - seen.long())[:, start:] > 0
+    # Looked up now: adapters and resizing put other modules there.
+    output_embeddings = context.model.get_output_embeddings()
     surprise = []
     for piece, target in zip(source.split(LOGITS_AT_ONCE, 1), ids.split(LOGITS_AT_ONCE, 1), strict=True):
-        logits = context.output_embeddings(piece).float()
+        logits = output_embeddings(piece).float()
         if context.softcap is not None:
             logits = (logits / context.softcap).tanh() * context.softcap
         surprise.append(logits.logsumexp(-1) - logits.gather(-1, target[..., None])[..., 0])

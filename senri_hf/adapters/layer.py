@@ -49,7 +49,10 @@ class MemoryAdapterLayer(nn.Module, BaseTunerLayer, MemoryOwner):
         self.senri_block[name] = reader
 
     def memory_layers(self) -> list[MemoryLayer]:
-        return [EpisodicLayer(reader.config, self.layer_idx, name) for name, reader in self.senri_block.items()]
+        return [
+            EpisodicLayer(reader.config, self.layer_idx, name, self.hidden_size)
+            for name, reader in self.senri_block.items()
+        ]
 
     @property
     def readers(self) -> dict[str, EpisodicReader]:

@@ -1,9 +1,10 @@
 """The PEFT tuner that puts a memory into a model."""
 
-from typing import Any
+from typing import Any, ClassVar
 
-import torch
 from peft import PeftConfig
+from peft.functional import delete_adapter
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
@@ -23,7 +24,7 @@ class MemoryTuner(BaseTuner):
 
     prefix = PREFIX
     tuner_layer_cls = MemoryAdapterLayer
-    target_module_mapping: dict[str, Any] = {}
+    target_module_mapping: ClassVar[dict[str, Any]] = {}
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         assert isinstance(peft_config, MemoryAdapterConfig)
@@ -58,7 +59,11 @@ class MemoryTuner(BaseTuner):
             target.add_module(CHILD, adapter)
             # Before other hooks: those that capture hidden states or shard parameters must see what memory added.
             adapter.handle = target.register_forward_hook(layer_hook, with_kwargs=True, prepend=True)
-        adapter.update_layer(adapter_name, peft_config, target)
+        try:
+            adapter.update_layer(adapter_name, peft_config, target)
+        except Exception:
+            self._take_out(adapter_name)
+            raise
         adapter.requires_grad_(adapter_name in self.active_adapters)
 
     def _context(self) -> ForwardContext:
@@ -73,7 +78,7 @@ class MemoryTuner(BaseTuner):
             pad = getattr(generation, "pad_token_id", None)
             context = ForwardContext(
                 num_heads=config.num_attention_heads,
-                output_embeddings=self.model.get_output_embeddings(),
+                model=self.model,
                 softcap=getattr(config, "final_logit_softcapping", None),
                 pad_id=config.pad_token_id if pad is None else pad,
                 end_ids=tuple(ends) if isinstance(ends, (list, tuple)) else () if ends is None else (ends,),
@@ -84,6 +89,16 @@ class MemoryTuner(BaseTuner):
                 decoder.register_forward_hook(decoder_hook, with_kwargs=True, always_call=True),
             ]
         return context
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete a memory adapter, or one of another method that was added beside it."""
+        config = self.peft_config.get(adapter_name)
+        if config is None or isinstance(config, MemoryAdapterConfig):
+            super().delete_adapter(adapter_name)
+            return
+        del self.peft_config[adapter_name]
+        prefix = PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type]
+        delete_adapter(self.model, adapter_name, prefix=prefix)
 
     # Names in checkpoints.
 
@@ -128,16 +143,24 @@ class MemoryTuner(BaseTuner):
     ) -> nn.Module:
         if merge:
             raise merging()
+        self._take_out()
+        return super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
+
+    def _take_out(self, adapter_name: str | None = None) -> None:
+        """Remove one adapter, or all, and what is of no use then: modules, hooks and what they share."""
+        left = False
         for module in list(self.model.modules()):
             adapter = module._modules.get(CHILD)
             if isinstance(adapter, MemoryAdapterLayer):
-                adapter.handle.remove()
-                del module._modules[CHILD]
+                if adapter_name in adapter.senri_block:
+                    del adapter.senri_block[adapter_name]
+                if adapter_name is not None and len(adapter.senri_block):
+                    left = True
+                else:
+                    adapter.handle.remove()
+                    del module._modules[CHILD]
         decoder = find_decoder(self.model)
-        if hasattr(decoder, "memory_context"):
+        if not left and hasattr(decoder, "memory_context"):
             for handle in decoder.memory_handles:
                 handle.remove()
             del decoder.memory_context, decoder.memory_handles
-        return super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
-
-

@@ -27,6 +27,8 @@ class EpisodicConfig:
             term grows from 0 there to its full weight at `consolidation_similarity`.
         ema_alpha: Weight in (0, 1] of a new token in the running mean and standard deviation of surprise.
         z_score_threshold: A token is surprising when it lies more than this many standard deviations above the mean.
+        span: Tokens after a surprising one, in the same segment, that are as surprising as it is: a name is often several
+            tokens, of which only the first surprises.
         capacity_pressure: How much a full store raises that number: z = z_score_threshold * (1 + pressure * fullness).
         consolidation_similarity: Cosine similarity in (0, 1] from which on a surprising token and a stored slot are
             the same thing: the more surprising of the two is kept.
@@ -37,6 +39,8 @@ class EpisodicConfig:
             a context by one token a row (as decoding does) or that is a candidate check of assisted decoding reads only.
         init: `"base_attention"`: queries, keys, values and output start as the layer's own attention projections,
             so that reading memory begins as re-reading the past. `"zero"`: random projections, the output zero.
+        rank: With `init="base_attention"`, the rank of the trained change of each projection; None trains full copies. It is
+            not read with `init="zero"`, whose projections are all trained.
         num_heads: Read heads for `init="zero"`; the model's own number when None. `init="base_attention"` has the
             layer's heads and refuses a value.
     """
@@ -45,7 +49,7 @@ class EpisodicConfig:
     store_slots: int = field(default=128, metadata={"help": "Slots of the surprise-gated long-term store."})
     decay_rate: float = field(default=0.95, metadata={"help": "Buffer retention per conversation boundary."})
     min_strength: float = field(default=0.05, metadata={"help": "Weaker buffer slots are forgotten."})
-    novelty_threshold: float = field(default=0.95, metadata={"help": "Cosine from which a token is known already."})
+    novelty_threshold: float = field(default=0.98, metadata={"help": "Cosine from which a token is known already."})
     write_alpha: float = field(default=0.5, metadata={"help": "Weight of the new token when it reinforces a slot."})
     surprise: str = field(default="predictor", metadata={"help": "'predictor' or 'nll'."})
     predictor_rank: int = field(default=64, metadata={"help": "Inner width of the surprise predictor."})
@@ -53,17 +57,25 @@ class EpisodicConfig:
     contrastive_similarity: float = field(default=0.8, metadata={"help": "Cosine from which slots contrast."})
     ema_alpha: float = field(default=0.1, metadata={"help": "EMA weight of a new token in surprise statistics."})
     z_score_threshold: float = field(default=1.0, metadata={"help": "Surprise threshold in standard deviations."})
+    span: int = field(default=2, metadata={"help": "Tokens after a surprising one that go with it."})
     capacity_pressure: float = field(default=0.5, metadata={"help": "How fullness raises the threshold."})
-    consolidation_similarity: float = field(default=0.95, metadata={"help": "Cosine of the same stored thing."})
+    consolidation_similarity: float = field(default=0.98, metadata={"help": "Cosine of the same stored thing."})
     segment_length: int = field(default=64, metadata={"help": "Tokens written together."})
     read_scope: str = field(default="conversation", metadata={"help": "'conversation' or 'committed_segments'."})
     write_generated: bool = field(default=True, metadata={"help": "Whether generated tokens are written."})
     init: str = field(default="base_attention", metadata={"help": "'base_attention' or 'zero'."})
+    rank: int | None = field(default=16, metadata={"help": "Rank of the trained change of projections; None: full."})
     num_heads: int | None = field(default=None, metadata={"help": "Read heads for init='zero'."})
 
     def validate(self) -> None:
         """Raise ValueError naming the first setting that is out of its range."""
-        for name, lowest in (("buffer_slots", 1), ("store_slots", 0), ("predictor_rank", 1), ("segment_length", 1)):
+        for name, lowest in (
+            ("buffer_slots", 1),
+            ("store_slots", 0),
+            ("predictor_rank", 1),
+            ("segment_length", 1),
+            ("span", 0),
+        ):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
                 raise ValueError(f"{name}={value!r} was given, but {name} must be a whole number of at least {lowest}")
@@ -115,6 +127,8 @@ class EpisodicConfig:
                 f"num_heads={self.num_heads} was given with init='base_attention', whose heads are the layer's own; "
                 "leave num_heads=None or use init='zero'"
             )
+        if self.rank is not None and (not isinstance(self.rank, int) or self.rank < 1):
+            raise ValueError(f"rank={self.rank!r} was given, but rank must be a whole number of at least 1, or None")
         if self.num_heads is not None and (not isinstance(self.num_heads, int) or self.num_heads < 1):
             raise ValueError(f"num_heads={self.num_heads!r} was given, but num_heads must be a whole number of at least 1")
 

@@ -121,6 +121,12 @@ class MemoryCache(DynamicCache):
         self.crop(-last)
 
     def crop(self, tokens_to_remove: int) -> None:
+        recent = None if self.recent_ids is None else self.recent_ids.shape[1]
+        if recent is not None and recent <= -tokens_to_remove < self.get_seq_length():
+            raise ValueError(
+                f"{-tokens_to_remove} tokens are to be taken back, but what precedes them is known for the last "
+                f"{recent - 1} only. Take a memory.snapshot() before, and restore it"
+            )
         before = self.snapshot()
         try:
             super().crop(tokens_to_remove)
@@ -373,6 +379,6 @@ def copy_layer(layer: Any) -> Any:
 
 
 def keep_last(held: Tensor | None, new: Tensor) -> Tensor:
-    """The last columns of both, as many as can be taken back and one more."""
+    """The last columns of both, as many as can be taken back and one more; a copy, so that the others can go."""
     joined = new if held is None else torch.cat([held, new], dim=1)
-    return joined[:, -ROLLBACK_TOKENS - 1 :]
+    return joined[:, -ROLLBACK_TOKENS - 1 :].clone()

@@ -179,7 +179,11 @@ def consolidate(
         low, high = config.contrastive_similarity, config.consolidation_similarity
         contrast = ((nearest - low) / (high - low)).clamp(0, 1).masked_fill(same, 0)
         surprise = torch.maximum(surprise, mean + config.contrastive_weight * contrast * deviation)
-    surprising = valid & (surprise > threshold)
+    surprise = torch.where(valid & (surprise > threshold), surprise, -torch.inf)
+    if config.span:  # the tokens that follow a surprising one go with it
+        ahead = torch.nn.functional.pad(surprise, (config.span, 0), value=-torch.inf)
+        surprise = ahead.unfold(1, config.span + 1, 1).amax(-1).masked_fill(~valid, -torch.inf)
+    surprising = surprise > -torch.inf
 
     # Updates: for every slot the most surprising token that is the same thing.
     candidate = torch.where(
@@ -199,7 +203,7 @@ def consolidate(
 
     # Newcomers: the i-th most surprising one against the i-th least important slot.
     pairs = min(hidden.shape[1], config.store_slots)
-    newcomer = surprise.masked_fill(~(surprising & ~same), -torch.inf)
+    newcomer = surprise.masked_fill(same, -torch.inf)
     value, token = (ranked[:, :pairs] for ranked in newcomer.sort(dim=1, descending=True, stable=True))
     importance, slot = (ranked[:, :pairs] for ranked in state.importance().sort(dim=1, stable=True))
     enters = (value > -torch.inf) & (SURPRISE_IMPORTANCE * value > importance)

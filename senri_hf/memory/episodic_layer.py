@@ -98,9 +98,15 @@ class EpisodicLayer(MemoryLayer):
     _layer_type = "episodic_memory"
 
     def __init__(
-        self, config: EpisodicConfig | None = None, layer_idx: int = 0, adapter_name: str = "default", **kwargs: Any
+        self,
+        config: EpisodicConfig | None = None,
+        layer_idx: int = 0,
+        adapter_name: str = "default",
+        hidden_size: int | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(layer_idx, adapter_name)
+        self.hidden_size = hidden_size  # where it is known, a memory of another size is refused
         self.config = config if config is not None else EpisodicConfig()
         self.now: Progress | None = None
         self.journal: Journal | None = None
@@ -136,7 +142,7 @@ class EpisodicLayer(MemoryLayer):
         old = tokens.columns - ROLLBACK_TOKENS
         if old > 0:  # too far back ever to be taken back: taken in, not kept
             now = self._absorb(now, tokens.slice(0, old))
-            tokens = tokens.slice(old, tokens.columns)
+            tokens = tokens.slice(old, tokens.columns).map(torch.clone)  # a view would keep the others alive
             self.journal = None
         journal = self.journal if self.journal is not None else Journal(now, now)
         if journal.columns >= ROLLBACK_TOKENS:
@@ -221,7 +227,9 @@ class EpisodicLayer(MemoryLayer):
     def check_state_dict(self, tensors: dict[str, Tensor]) -> None:
         if not tensors:
             return
-        rows, hidden_size = tensors["tokens"].shape[0], tensors["buffer"].shape[-1]
+        # What is missing or has other dimensions than these is named by the check.
+        rows = tensors["tokens"].numel() if "tokens" in tensors else 1
+        hidden_size = self.hidden_size or (tensors["buffer"].shape[-1] if "buffer" in tensors else 1)
         expected = EpisodicState.empty(rows, hidden_size, self.config, torch.device("meta")).tensors()
         check_tensors(tensors, expected, f"layer {self.layer_idx}")
 
@@ -284,16 +292,19 @@ class EpisodicLayer(MemoryLayer):
         length, device = self.config.segment_length, tokens.real.device
         count = tokens.real.sum(1)
         longest = int(count.max())  # asks the device once a segment, so that padding does not stage at every token
+        if longest == 0:
+            return replace(now, open=(), open_bound=0)
+        tokens = tokens.at((~tokens.real).long().argsort(dim=1, stable=True)[:, :longest])  # padding last
         if longest < length and not final:
             return replace(now, open=(tokens,), open_bound=longest)
         previous = last_real(tokens.hidden, tokens.real, now.previous)
         complete = count if final else count // length * length  # tokens to stage, per row
-        tokens = tokens.at((~tokens.real).long().argsort(dim=1, stable=True)[:, :longest])  # padding last
         staged = now.staged
         for start in range(0, longest if final else longest // length * length, length):
             segment = tokens.slice(start, start + length)
             valid = segment.real & (torch.arange(start, start + segment.columns, device=device) < complete[:, None])
-            staged = add_access(staged, (segment.access * valid[..., None]).sum(1), now.committed.tag)
+            read = staged if self.config.read_scope == "committed_segments" else now.committed
+            staged = add_access(staged, (segment.access * valid[..., None]).sum(1), read.tag)
             staged = stage_segment(staged, segment.hidden, segment.surprise, valid, self.config)
         left = count - complete
         index = torch.arange(min(length - 1, longest), device=device)
@@ -314,6 +325,8 @@ class EpisodicLayer(MemoryLayer):
 
 def last_real(hidden: Tensor, real: Tensor, before: Tensor) -> Tensor:
     """The last real column of hidden [B, T, D] per row, `before` [B, D] where there is none."""
-    index = torch.where(real, torch.arange(1, real.shape[1] + 1, device=real.device), 0).amax(1)
+    # With the column of `before`, so that a row of no columns has one too.
+    known = torch.nn.functional.pad(real, (1, 0), value=True)
+    index = torch.where(known, torch.arange(known.shape[1], device=real.device), 0).amax(1)
     columns = torch.cat([before[:, None].to(hidden.dtype), hidden], dim=1)
     return take(columns, index[:, None])[:, 0]

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,8 @@ from ..configuration import EpisodicConfig
 from .episodic import EpisodicState
 from .episodic_layer import EpisodicLayer
 
+
+LOW_RANK_SCALE = 2.0
 
 # Conversations that are told apart when memory is read; older ones are taken together.
 CONVERSATIONS = 64
@@ -62,12 +65,12 @@ class MemoryView:
 class EpisodicReader(nn.Module):
     """Multi-head cross-attention from a layer's tokens to the memory's slots, and the surprise of those tokens.
 
-    Slots hold the layer's normalised input; the projections are applied when they are read, so that each of them
-    learns. The score of a slot is that of its own key, plus the evidence that the conversation in which it was written is
+    Slots hold the layer's input divided by its RMS; norm and projections are applied when they are read, so that each of
+    them learns. The score of a slot is that of its own key, plus the evidence that the conversation in which it was written is
     the one that is asked about: the log of the summed exponential of topic scores over that conversation's slots. (A
     causal model's state of "Tom" in "Tom is my brother" knows nothing of a brother; the conversation does.)
 
-    Beside the slots every head sees a null slot of value zero with a learned score: a token for which memory holds
+    Beside the slots every head sees a null slot of value zero with a learned key and score: a token for which memory holds
     nothing reads nothing. What is read goes through a tanh gate per head, which starts at zero with
     `init="base_attention"`, and the output projection.
     """
@@ -78,19 +81,21 @@ class EpisodicReader(nn.Module):
         self.num_heads, self.num_key_value_heads = attention.num_heads, attention.num_key_value_heads
         self.scale = attention.scale
         self.norm = norm
-        self.q_proj = linear(attention.q, attention.biases.get("q"))
-        self.k_proj = linear(attention.k, attention.biases.get("k"))
-        self.v_proj = linear(attention.v, attention.biases.get("v"))
+        rank = config.rank if config.init == "base_attention" else None
+        self.q_proj = projection(attention.q, attention.biases.get("q"), rank)
+        self.k_proj = projection(attention.k, attention.biases.get("k"), rank)
+        self.v_proj = projection(attention.v, attention.biases.get("v"), rank)
+        self.o_proj = projection(attention.o, None, rank)
         # One topic query per key/value group, which starts as the first query head of the group.
         head_size = attention.q.shape[0] // self.num_heads
         first = attention.q.unflatten(0, (self.num_key_value_heads, -1))[:, :head_size].flatten(0, 1)
-        self.topic_q_proj = linear(first, None)
-        self.topic_k_proj = linear(attention.k, None)
-        self.o_proj = linear(attention.o, None)
+        self.topic_q_proj = projection(first, None, rank)
+        self.topic_k_proj = projection(attention.k, None, rank)
         self.q_norm, self.k_norm = copy.deepcopy(attention.q_norm), copy.deepcopy(attention.k_norm)
         start = 0.0 if config.init == "base_attention" else 1.0
         self.gate = nn.Parameter(torch.full((self.num_heads,), start))
         self.null_score = nn.Parameter(torch.zeros(self.num_heads))
+        self.null_key = nn.Parameter(torch.zeros(self.num_key_value_heads, head_size))
         self.topic_scale = nn.Parameter(torch.ones(self.num_heads))
         self.strength_scale = nn.Parameter(torch.ones(self.num_heads))
         self.age_scale = nn.Parameter(torch.zeros(self.num_heads))
@@ -103,8 +108,12 @@ class EpisodicReader(nn.Module):
             nn.init.zeros_(self.predictor[2].weight)
 
     def encode(self, hidden: Tensor) -> Tensor:
-        """What is stored of a layer's input [B, T, D]: its normalised form, which attention sees."""
-        return self.norm(hidden.to(self.o_proj.weight.dtype))
+        """What is stored of a layer's input [B, T, D]: the input divided by its RMS, in float32."""
+        return nn.functional.rms_norm(hidden.float(), hidden.shape[-1:])
+
+    def normalise(self, encoded: Tensor) -> Tensor:
+        """The layer's norm of what is stored, in the dtype that the reader has."""
+        return self.norm(encoded.to(self.gate.dtype))
 
     def project(self, memory: EpisodicState) -> MemoryView:
         """Keys, values and score biases of all slots.
@@ -112,7 +121,7 @@ class EpisodicReader(nn.Module):
         A buffer slot's bias is strength_scale log(strength); a store slot's is -age_scale log(1 + age): heads learn how
         much they prefer what is recent.
         """
-        slots = torch.cat([memory.buffer, memory.store], dim=1)
+        slots = self.normalise(torch.cat([memory.buffer, memory.store], dim=1))
         keys = split_heads(self.k_proj(slots), self.num_key_value_heads)
         if self.k_norm is not None:
             keys = self.k_norm(keys)
@@ -138,6 +147,7 @@ class EpisodicReader(nn.Module):
             each token, [B, T, M], a mean over heads.
         """
         batch, length, _ = encoded.shape
+        encoded = self.normalise(encoded)
         query = self.q_proj(encoded).view(batch, length, self.num_heads, -1).transpose(1, 2)
         if self.q_norm is not None:
             query = self.q_norm(query)
@@ -147,7 +157,8 @@ class EpisodicReader(nn.Module):
         score = score.float() * self.scale + view.bias[:, :, None]
         topic = self.topic_score(encoded, view)[:, :, None] * self.topic_scale.view(1, self.num_key_value_heads, -1, 1, 1)
         score = score + topic.flatten(1, 2)
-        null = self.null_score.float()[None, :, None, None].expand(batch, -1, length, 1)
+        null = (query @ self.null_key[..., None]).float().view(batch, self.num_heads, length, 1) * self.scale
+        null = null + self.null_score.float()[:, None, None]
         weight = torch.cat([score, null], dim=-1).softmax(-1)[..., :-1]
         access = weight[..., weight.shape[-1] - view.stored :].detach().mean(1)
         weight = weight * self.gate.float().tanh()[:, None, None]
@@ -183,13 +194,42 @@ class EpisodicReader(nn.Module):
             encoded: [B, T, D]. previous: [B, T, D], the tokens before those; zero at a conversation's start.
         """
         assert self.predictor is not None
-        target = nn.functional.rms_norm(encoded.float(), encoded.shape[-1:])
-        source = nn.functional.rms_norm(previous.float(), previous.shape[-1:])
-        return (self.predictor(source) - target).float().square().mean(-1).sqrt()
+        return (self.predictor(previous.to(self.gate.dtype)) - encoded).float().square().mean(-1).sqrt()
 
 
-def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """A linear layer that starts as a float32 copy of `weight` [out, in] and `bias` [out]."""
+class LowRankLinear(nn.Module):
+    """A frozen projection and a trained low-rank change of it: y = (W + scale B A) x + b  (LoRA, Hu et al. 2021, eq. 3).
+
+    W and b are copies of the base model's that no checkpoint holds: they come with the base model.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, rank: int) -> None:
+        super().__init__()
+        self.register_buffer("base_weight", weight.detach().float().clone(), persistent=False)
+        self.register_buffer("base_bias", None if bias is None else bias.detach().float().clone(), persistent=False)
+        self.down = nn.Parameter(torch.randn(rank, weight.shape[1], device=weight.device) * weight.shape[1] ** -0.5)
+        self.up = nn.Parameter(torch.zeros(weight.shape[0], rank, device=weight.device))
+        self.merged: tuple[Any, Tensor] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        linear = nn.functional.linear
+        if torch.is_grad_enabled():
+            x = x.to(self.down.dtype)
+            return linear(x, self.base_weight, self.base_bias) + LOW_RANK_SCALE * linear(linear(x, self.down), self.up)
+        return linear(x.to(self.down.dtype), self.merged_weight(), self.base_bias)
+
+    def merged_weight(self) -> Tensor:
+        """W + scale B A, kept while neither changes."""
+        key = (self.down._version, self.up._version, self.down.data_ptr(), self.base_weight.data_ptr())
+        if self.merged is None or self.merged[0] != key:
+            self.merged = (key, self.base_weight + LOW_RANK_SCALE * self.up @ self.down)
+        return self.merged[1]
+
+
+def projection(weight: Tensor, bias: Tensor | None, rank: int | None) -> nn.Module:
+    """A projection that starts as `weight` [out, in] and `bias` [out]: a low-rank change of it, or a trained copy."""
+    if rank is not None:
+        return LowRankLinear(weight, bias, rank)
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, dtype=torch.float32)
     with torch.no_grad():
         layer.weight.copy_(weight)

@@ -41,12 +41,12 @@ def save(tensors: dict[str, Tensor], description: dict[str, Any], folder: Path) 
         "memory": uuid.uuid4().hex,
         **description,
         "shapes": {name: [str(t.dtype).removeprefix("torch."), *t.shape] for name, t in tensors.items()},
-        "checksum": checksum(tensors),
     }
+    description["checksum"] = checksum(tensors, description)
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         held = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-        save_file(held, scratch / WEIGHTS, metadata={"format": "pt", "senri_hf": json.dumps(description)})
+        save_file(held, scratch / WEIGHTS, metadata={"senri_hf": json.dumps(description)})
         (scratch / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
         (scratch / "README.md").write_text(card(description), encoding="utf-8")
         folder.mkdir(exist_ok=True)
@@ -76,14 +76,20 @@ def load(name_or_path: str | Path, **hub_kwargs: Any) -> tuple[dict[str, Tensor]
         raise ValueError(f"{path} is damaged or no safetensors file ({error}). Use an earlier copy of the memory") from error
     if "senri_hf" not in metadata:
         raise ValueError(f"{path} is no memory: its header does not describe one. Expected what memory.save_pretrained wrote")
-    description = json.loads(metadata["senri_hf"])
+    damaged = ValueError(f"{path} is damaged: its contents do not match their checksum. Use an earlier copy of the memory")
+    try:
+        description = json.loads(metadata["senri_hf"])
+    except ValueError as error:
+        raise damaged from error
+    if not isinstance(description, dict):
+        raise damaged
     if description.get("format_version") != FORMAT_VERSION:
         raise ValueError(
             f"{path} has memory format {description.get('format_version')!r}, but this version of senri_hf reads "
             f"{FORMAT_VERSION}. Install the version that wrote it, or save the memory again with this one"
         )
-    if description["checksum"] != checksum(tensors):
-        raise ValueError(f"{path} is damaged: its contents do not match their checksum. Use an earlier copy of the memory")
+    if description.get("checksum") != checksum(tensors, description):
+        raise damaged
     return tensors, description
 
 
@@ -133,12 +139,13 @@ def check_fits(theirs: dict[str, Any], ours: dict[str, Any]) -> None:
     """ValueError naming what differs when a memory was made by another model or with another adapter."""
     found = difference(theirs["model"], ours["model"])
     if found is not None:
-        raise ValueError(f"The memory does not fit this model. {found[0].upper()}{found[1:]}. Load it with the model that wrote it")
+        raise ValueError(f"The memory does not fit this model: {found}. Load it with the model that wrote it")
 
 
-def checksum(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes."""
-    digest = hashlib.sha256()
+def checksum(tensors: dict[str, Tensor], description: dict[str, Any]) -> str:
+    """SHA-256 over what the description says but its own checksum, and over names, dtypes, shapes and bytes."""
+    said = {key: value for key, value in description.items() if key != "checksum"}
+    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())

@@ -257,7 +257,7 @@ def training_mixture(seed: int = 0) -> Iterator[Episode]:
     """Endless varied training episodes, the same for the same seed.
 
     Mostly one to four facts, sometimes up to ten, sometimes several in a conversation; a quarter with a correction,
-    four in ten with one to three distractors, about a quarter with the user's name among the facts; one to three
+    four in ten with one, two, three or eight distractors, about a quarter with the user's name among the facts; one to three
     questions.
     """
     rng = random.Random(seed)
@@ -271,7 +271,7 @@ def training_mixture(seed: int = 0) -> Iterator[Episode]:
         if not _room(chosen):  # more facts about weekdays, say, than there are weekdays
             continue
         together = rng.randint(2, facts) if facts > 1 and rng.random() < 0.3 else 1
-        distractors = rng.randint(1, 3) if rng.random() < 0.4 else 0
+        distractors = rng.choice((1, 2, 3, 8)) if rng.random() < 0.4 else 0
         yield _build(rng, chosen, "train", facts, together, distractors, rng.random() < 0.25,
                      rng.randint(1, min(3, facts)))
 

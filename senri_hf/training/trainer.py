@@ -10,6 +10,7 @@ from transformers.trainer_utils import EvalPrediction
 from ..memory import MemoryCache
 from .arguments import MemoryTrainingArguments
 from .episodes import IGNORED
+from .told import ToldStates
 
 
 SCALARS = (".gate", ".null_score", ".topic_scale", ".strength_scale", ".age_scale")
@@ -31,6 +32,7 @@ class MemoryTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = False
         self.label_names = []
+        self.told = ToldStates(self.model) if self.args.reuse_told_states else None
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer of `args`, with gates and other scalars per head at their own rate and without weight decay."""
@@ -69,12 +71,18 @@ class MemoryTrainer(Trainer):
         A row without a label in a conversation counts as NaN there.
         """
         memory = self.new_memory(model)
+        if self.told is not None:
+            self.told.read(conversations)
         learning = torch.is_grad_enabled()
         losses, counts, exact = [], [], []
         for index, conversation in enumerate(conversations):
             learns, keeps = bool(conversation["learns"]), bool(conversation["keeps"])
             group = index // self.args.detach_every * self.args.detach_every
             followed = any(c["learns"] or c["keeps"] for c in conversations[index : group + self.args.detach_every])
+            if self.told is not None and not learns and not keeps:
+                self.told.write(memory, conversation["input_ids"], conversation["attention_mask"])
+                memory.clear_context()
+                continue
             columns = learned_columns(conversation) if learns or keeps else torch.tensor([0])
             arguments = {name: conversation[name] for name in ("input_ids", "attention_mask")}
             arguments["logits_to_keep"] = columns.to(conversation["input_ids"].device)
@@ -88,11 +96,15 @@ class MemoryTrainer(Trainer):
                 right = ((logits.argmax(-1) == target) | ~labelled).all(1).float()
                 exact.append(right.masked_fill(~labelled.any(1), torch.nan))
             if keeps and self.args.keep_loss_weight:
+                marked = conversation["keep"][:, arguments["logits_to_keep"] + 1].bool()
+                rows = marked.any(1).nonzero()[:, 0]
+                for name in ("input_ids", "attention_mask"):
+                    arguments[name] = arguments[name][rows]
                 with torch.no_grad():  # without a cache there is no memory: the base model
                     base = model(**arguments, use_cache=False).logits
-                marked = conversation["keep"][:, arguments["logits_to_keep"] + 1].bool()
+                marked = marked[rows]
                 divergence = nn.functional.kl_div(
-                    logits.float().log_softmax(-1), base.float().log_softmax(-1), log_target=True, reduction="none"
+                    logits[rows].float().log_softmax(-1), base.float().log_softmax(-1), log_target=True, reduction="none"
                 ).sum(-1)
                 losses.append(self.args.keep_loss_weight * (divergence * marked).sum())
                 counts.append(marked.sum())

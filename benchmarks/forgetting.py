@@ -1,0 +1,80 @@
+"""Recall against decay cycles, and what the surprise gate kept of what it read.
+
+    python benchmarks/forgetting.py --model smollm2-135m-instruct --adapter FOLDER
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import senri_hf
+from recall import load
+from senri_hf.tasks import recall_episodes, score_reply
+from senri_hf.training import ask, tell
+
+
+CYCLES = (0, 5, 10, 20, 30, 40, 50, 60, 80, 120)
+EPISODES = 50
+
+
+def forgetting(model, tokenizer) -> dict[str, list[float]]:
+    """Exact recall of four facts after so many conversations in which nothing was said."""
+    episodes = recall_episodes(EPISODES, split="validation", facts=4, seed=11)
+    told = tell(model, tokenizer, [episode.told for episode in episodes])
+    exact = []
+    for cycles in tqdm(CYCLES, desc="decay"):
+        memory = told.snapshot()
+        memory.decay(cycles)
+        replies = ask(model, tokenizer, [episode.questions[0].messages for episode in episodes], memory)
+        right = [score_reply(r, e.questions[0]) for r, e in zip(replies, episodes, strict=True)]
+        exact.append(sum(right) / len(right))
+    return {"cycles": list(CYCLES), "exact": exact}
+
+
+def kept_tokens(model, tokenizer) -> list[dict]:
+    """For a few told conversations, the tokens that the store of each memory layer kept and those that it did not."""
+    rows = []
+    for episode in recall_episodes(6, split="validation", seed=12):
+        memory = tell(model, tokenizer, [episode.told])
+        ids = tokenizer(tokenizer.apply_chat_template(episode.told[0], tokenize=False), add_special_tokens=False).input_ids
+        tags = [layer.state_dict()["tag"][0] for layer in memory.memory_layers]
+        share = [sum(int((tag == position).any()) for tag in tags) / len(tags) for position in range(len(ids))]
+        words = [tokenizer.decode(token) for token in ids]
+        rows.append({"answer": episode.questions[0].answer, "tokens": list(zip(words, share, strict=True))})
+    return rows
+
+
+def plot(curve: dict[str, list[float]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 3.6))
+    axes.plot(curve["cycles"], curve["exact"], marker="o")
+    axes.set_xlabel("decay cycles since the facts were told")
+    axes.set_ylabel("facts recalled exactly")
+    axes.set_ylim(0, 1)
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--adapter", required=True)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--output", type=Path, default=Path("docs"))
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    base, words = load(arguments.model, arguments.adapter, arguments.dtype)
+    result = {"forgetting": forgetting(base, words), "kept": kept_tokens(base, words)}
+    (arguments.output / f"forgetting-{arguments.model}.json").write_text(json.dumps(result, ensure_ascii=False) + "\n")
+    plot(result["forgetting"], arguments.output / f"forgetting-{arguments.model}.png")
+    print(json.dumps(result["forgetting"]))
+    print(f"senri_hf {senri_hf.__version__}: {arguments.output}/forgetting-{arguments.model}.png")

@@ -1,0 +1,165 @@
+"""Recall of what was told in earlier conversations, scored on what `generate()` says.
+
+    python benchmarks/recall.py --model smollm2-135m-instruct --adapter examples/name_recall/adapters/smollm2-135m-instruct
+
+Every suite runs four ways on the same episodes: with memory (told in one process, saved to a file, asked in another), with no
+memory, with the conversations kept in the context, and with their text prepended to the question. What is done already is
+read from `--output`, so an interrupted run goes on where it stopped.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from tqdm import tqdm
+
+import senri_hf
+from senri_hf.tasks import Episode, recall_episodes, score_reply
+from senri_hf.training import ask, tell
+
+
+SUITES: dict[str, dict[str, Any]] = {
+    "200 unseen names": {"num_episodes": 200, "relations": "name"},
+    "four facts, four conversations": {"num_episodes": 100, "facts": 4},
+    "held-out relations": {"num_episodes": 100, "relations": "held_out"},
+    "held-out relations, four facts": {"num_episodes": 100, "relations": "held_out", "facts": 4},
+    "ten facts, ten conversations": {"num_episodes": 100, "facts": 10},
+    "after a correction": {"num_episodes": 100, "correction": True},
+    "after 20 distractor conversations": {"num_episodes": 100, "distractors": 20},
+}
+METHODS = ("memory", "no memory", "kept in context", "text prepended")
+ROWS = 25
+
+
+def episodes_of(suite: str) -> list[Episode]:
+    return recall_episodes(split="validation", seed=20, **SUITES[suite])
+
+
+def batches(items: list[Any]) -> list[list[Any]]:
+    return [items[start : start + ROWS] for start in range(0, len(items), ROWS)]
+
+
+def load(model_name: str, adapter: str | None, dtype: str) -> tuple[Any, Any]:
+    model, tokenizer = senri_hf.load_base(model_name, dtype=dtype)
+    if adapter:
+        model = PeftModel.from_pretrained(model, adapter).eval()
+    return model, tokenizer
+
+
+def tell_all(args: argparse.Namespace) -> None:
+    """Tell all batches of a suite and save their memories."""
+    model, tokenizer = load(args.model, args.adapter, args.dtype)
+    start, written = time.perf_counter(), 0
+    for index, batch in enumerate(tqdm(batches(episodes_of(args.suite)), desc="telling", leave=False)):
+        memory = tell(model, tokenizer, [episode.told for episode in batch])
+        written += int(memory.tokens_seen.sum())
+        memory.save_pretrained(args.folder / str(index))
+    (args.folder / "told.json").write_text(
+        json.dumps({"seconds": time.perf_counter() - start, "tokens": written, "bytes": memory.nbytes / memory.rows})
+    )
+
+
+def ask_all(args: argparse.Namespace) -> None:
+    """Load the memories and ask."""
+    model, tokenizer = load(args.model, args.adapter, args.dtype)
+    episodes = episodes_of(args.suite)
+    replies, start = [], time.perf_counter()
+    for index, batch in enumerate(tqdm(batches(episodes), desc="asking", leave=False)):
+        memory = senri_hf.MemoryCache.from_pretrained(args.folder / str(index), model=model)
+        replies += ask(model, tokenizer, [episode.questions[0].messages for episode in batch], memory)
+    seconds = (time.perf_counter() - start) / len(episodes)
+    told = json.loads((args.folder / "told.json").read_text())
+    result = score(episodes, replies) | {"bytes": told["bytes"], "seconds": seconds, "told": told}
+    (args.folder / "result.json").write_text(json.dumps(result))
+
+
+def score(episodes: list[Episode], replies: list[str]) -> dict[str, Any]:
+    right = [score_reply(reply, episode.questions[0]) for episode, reply in zip(episodes, replies, strict=True)]
+    wrong = [
+        [episode.questions[0].messages[-1]["content"], episode.questions[0].answer, reply]
+        for episode, reply, good in zip(episodes, replies, right, strict=True)
+        if not good
+    ]
+    return {"exact": sum(right) / len(right), "episodes": len(right), "wrong": wrong[:10]}
+
+
+def with_memory(suite: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Told in one process, saved, asked in another."""
+    with tempfile.TemporaryDirectory() as folder:
+        for step in ("tell", "ask"):
+            command = [sys.executable, __file__, "--step", step, "--folder", folder, "--suite", suite]
+            command += ["--model", args.model, "--adapter", args.adapter, "--dtype", args.dtype]
+            subprocess.run(command, check=True)
+        return json.loads((Path(folder) / "result.json").read_text())
+
+
+def without_memory(suite: str, method: str, model: Any, tokenizer: Any) -> dict[str, Any]:
+    """The base model alone, with nothing, with the conversations before the question, or with their text in it."""
+    episodes = episodes_of(suite)
+    config = model.config
+    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * model.dtype.itemsize
+    replies, tokens, start = [], 0, time.perf_counter()
+    for batch in tqdm(batches(episodes), desc=method, leave=False):
+        conversations = []
+        for episode in batch:
+            question = episode.questions[0].messages
+            if method == "kept in context":
+                question = [message for told in episode.told for message in told] + question
+            if method == "text prepended":
+                text = "\n".join(f"{m['role']}: {m['content']}" for told in episode.told for m in told)
+                content = f"Here is what we talked about before:\n{text}\n\n{question[-1]['content']}"
+                question = [{"role": "user", "content": content}]
+            conversations.append([{"role": m["role"], "content": m["content"]} for m in question])
+            tokens += len(tokenizer.apply_chat_template(conversations[-1], add_generation_prompt=True)["input_ids"])
+        replies += ask(model, tokenizer, conversations)
+    seconds = (time.perf_counter() - start) / len(episodes)
+    return score(episodes, replies) | {"bytes": tokens / len(episodes) * per_token, "seconds": seconds}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", default="smollm2-135m-instruct")
+    add("--adapter", required=True, help="folder of the trained adapter")
+    add("--dtype", default="float32", choices=("float32", "bfloat16"))
+    add("--output", type=Path, default=Path("docs/recall.json"))
+    add("--suite", choices=list(SUITES), help="this one only")
+    add("--methods", nargs="*", default=list(METHODS), choices=METHODS)
+    add("--step", choices=("tell", "ask"), help=argparse.SUPPRESS)
+    add("--folder", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.step == "tell":
+        return tell_all(args)
+    if args.step == "ask":
+        return ask_all(args)
+    results = json.loads(args.output.read_text()) if args.output.exists() else {}
+    done = results.setdefault(args.model, {})
+    base = None
+    suites = [args.suite] if args.suite else list(SUITES)
+    for suite in tqdm(suites, desc=args.model):
+        for method in args.methods:
+            if method in done.setdefault(suite, {}):
+                continue
+            if method == "memory":
+                done[suite][method] = with_memory(suite, args)
+            else:
+                base = base or load(args.model, None, args.dtype)
+                done[suite][method] = without_memory(suite, method, *base)
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+            scratch = args.output.with_suffix(".tmp")
+            scratch.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            scratch.replace(args.output)
+            print(f"{suite:36s} {method:16s} {done[suite][method]['exact']:.3f}")
+    return None
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    main()

@@ -1,0 +1,150 @@
+"""Cost of memory beside peers in the same run: decoding, writing, reading, and a training step beside LoRA's.
+
+    python benchmarks/speed.py --model smollm2-135m-instruct
+
+Medians; the peers take turns within every round, so that a slow moment of the machine hits all of them.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from tqdm import trange
+
+import senri_hf
+from senri_hf.tasks import recall_episodes
+from senri_hf.training import EpisodeCollator, tell
+
+
+ROUNDS = 7
+NEW_TOKENS = 48
+
+
+def in_turns(rounds: int, **runs: Callable[[], Any]) -> dict[str, float]:
+    """Median seconds of every run, one of each per round, after one round to warm up."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for index in trange(rounds + 1, desc=" / ".join(runs), leave=False):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            if index:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: median(values) for name, values in seconds.items()}
+
+
+@torch.no_grad()
+def decoding(name: str, adapter: str | None, dtype: str) -> dict[str, float]:
+    """Milliseconds per decoded token: the bare base, and the same with a memory of ten facts, read and written."""
+    bare, tokenizer = senri_hf.load_base(name, dtype=dtype)
+    model = with_adapter(name, adapter, dtype)
+    told = recall_episodes(1, split="validation", facts=10, seed=3)[0].told
+    memory = tell(model, tokenizer, [told])
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Tell me something about the sea."}], add_generation_prompt=True, return_tensors="pt"
+    )["input_ids"]
+    options = {"do_sample": False, "min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS}
+    found = in_turns(
+        ROUNDS,
+        base=lambda: bare.generate(prompt, **options),
+        memory=lambda: model.generate(prompt, past_key_values=memory.snapshot(), **options),
+    )
+    return {
+        "base ms per token": found["base"] / NEW_TOKENS * 1e3,
+        "memory ms per token": found["memory"] / NEW_TOKENS * 1e3,
+        "ratio": found["memory"] / found["base"],
+    }
+
+
+@torch.no_grad()
+def reading_and_writing(name: str, adapter: str | None, dtype: str) -> dict[str, float]:
+    """Milliseconds per token of a 512-token conversation: the base alone, written, and read and written."""
+    model = with_adapter(name, adapter, dtype)
+    ids = torch.randint(100, 5000, (1, 512))
+    blank = senri_hf.MemoryCache.for_model(model)
+    full = blank.snapshot()
+    model(ids.flip(1), past_key_values=full)
+    full.clear_context()
+
+    def read(memory: senri_hf.MemoryCache | None) -> None:
+        cache = None if memory is None else memory.snapshot()
+        model(ids, past_key_values=cache, logits_to_keep=1)
+        if cache is not None:
+            cache.clear_context()
+
+    found = in_turns(ROUNDS, base=lambda: read(None), written=lambda: read(blank), both=lambda: read(full))
+    per_token = {name: seconds / ids.shape[1] * 1e3 for name, seconds in found.items()}
+    return {
+        "base ms per token": per_token["base"],
+        "ms per written token": per_token["written"] - per_token["base"],
+        "ms per read token": per_token["both"] - per_token["written"],
+        "memory bytes": full.nbytes,
+    }
+
+
+def training_step(name: str, dtype: str) -> dict[str, float]:
+    """Seconds of a step on the same labelled conversations: this adapter, with what it was told, beside LoRA."""
+    base, tokenizer = senri_hf.load_base(name, dtype=dtype)
+    lora = get_peft_model(base, LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))
+    model = with_adapter(name, None, dtype)
+    episodes = recall_episodes(8, split="train", facts=2, seed=1)
+    batch = EpisodeCollator(tokenizer)([{"conversations": episode.conversations} for episode in episodes])["conversations"]
+    trainer = senri_hf.MemoryTrainer(
+        model=model,
+        args=senri_hf.MemoryTrainingArguments(output_dir="/tmp/unused", use_cpu=not torch.cuda.is_available(), report_to="none"),
+    )
+    question = batch[-1]
+
+    def memory_step() -> None:
+        loss, _ = trainer.run_episodes(model.train(), batch)
+        loss.backward()
+
+    def lora_step() -> None:
+        for conversation in batch:  # the same tokens, as a model without memory sees them
+            if conversation["learns"]:
+                lora.train()(
+                    **{key: question[key] for key in ("input_ids", "attention_mask", "labels")}
+                ).loss.backward()
+            else:
+                with torch.no_grad():
+                    lora(**{key: conversation[key] for key in ("input_ids", "attention_mask")}, logits_to_keep=1)
+
+    found = in_turns(3, memory=memory_step, lora=lora_step)
+    return {
+        "memory seconds": found["memory"],
+        "LoRA seconds": found["lora"],
+        "ratio": found["memory"] / found["lora"],
+        "memory parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "LoRA parameters": sum(p.numel() for p in lora.parameters() if p.requires_grad),
+    }
+
+
+def with_adapter(name: str, adapter: str | None, dtype: str) -> PeftModel:
+    base, _ = senri_hf.load_base(name, dtype=dtype)
+    if adapter:
+        return PeftModel.from_pretrained(base, adapter).eval()
+    return get_peft_model(base, senri_hf.MemoryAdapterConfig(task_type="CAUSAL_LM")).eval()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--adapter", help="folder of a trained adapter; an untrained one of the default settings without it")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--output", type=Path, default=Path("docs/speed.json"))
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    result = {
+        "decoding": decoding(arguments.model, arguments.adapter, arguments.dtype),
+        "a conversation of 512 tokens": reading_and_writing(arguments.model, arguments.adapter, arguments.dtype),
+        "training step": training_step(arguments.model, arguments.dtype),
+    }
+    stored = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
+    stored[arguments.model] = result
+    arguments.output.write_text(json.dumps(stored, indent=1) + "\n")
+    print(json.dumps(result, indent=1))

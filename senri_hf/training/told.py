@@ -1,0 +1,88 @@
+"""What told conversations leave in memory, computed once a text."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from ..adapters.hooks import write_predicted
+from ..adapters.layer import MemoryAdapterLayer
+from ..memory import EpisodicLayer, MemoryCache
+from ..memory.episodic_layer import Tokens
+
+
+ROWS_AT_ONCE = 16
+
+
+class ToldStates:
+    """Layer inputs of conversations that were read with a blank memory, kept in bfloat16 by the conversation's ids.
+
+    They do not change while the base model is frozen, so every text is read once.
+
+    Raises:
+        ValueError: when a memory's surprise is the model's own (`surprise="nll"`), which is not kept.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.layers = {
+            adapter: layer
+            for layer in model.modules()
+            for adapter in layer.children()
+            if isinstance(adapter, MemoryAdapterLayer)
+        }
+        if any(reader.predictor is None for adapter in self.layers for reader in adapter.readers.values()):
+            raise ValueError("reuse_told_states=True works with surprise='predictor' only; use one or the other")
+        self.states: dict[tuple[int, ...], list[Tensor]] = {}  # for every layer [T, D]
+
+    def read(self, conversations: list[dict[str, Any]]) -> None:
+        """Read the conversations without a label that were not read before."""
+        new = {}
+        for conversation in conversations:
+            if not conversation["learns"] and not conversation["keeps"]:
+                rows = zip(conversation["input_ids"], conversation["attention_mask"], strict=True)
+                for ids in (row[mask.bool()].tolist() for row, mask in rows):
+                    if ids and tuple(ids) not in self.states:
+                        new[tuple(ids)] = ids
+        texts = sorted(new.values(), key=len)
+        device = conversations[0]["input_ids"].device
+        for start in range(0, len(texts), ROWS_AT_ONCE):
+            self._read([torch.tensor(ids, device=device) for ids in texts[start : start + ROWS_AT_ONCE]])
+
+    def _read(self, texts: list[Tensor]) -> None:
+        inputs: dict[MemoryAdapterLayer, Tensor] = {}
+
+        def note(adapter: MemoryAdapterLayer) -> Any:
+            def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                inputs[adapter] = args[0] if args else kwargs["hidden_states"]
+
+            return hook
+
+        handles = [layer.register_forward_pre_hook(note(a), with_kwargs=True) for a, layer in self.layers.items()]
+        try:
+            ids = pad_sequence(texts, batch_first=True)
+            mask = pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)
+            with torch.no_grad():
+                self.model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
+        finally:
+            for handle in handles:
+                handle.remove()
+        for row, text in enumerate(texts):
+            self.states[tuple(text.tolist())] = [inputs[a][row, : len(text)].bfloat16() for a in self.layers]
+
+    def write(self, memory: MemoryCache, input_ids: Tensor, attention_mask: Tensor) -> None:
+        """Write a conversation, ids and mask [B, T], into the memory; every row was `read` before."""
+        rows = [tuple(ids[mask.bool()].tolist()) for ids, mask in zip(input_ids, attention_mask, strict=True)]
+        lengths = torch.tensor([len(row) for row in rows], device=input_ids.device)
+        real = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
+        for index, adapter in enumerate(self.layers):
+            for name, reader in adapter.readers.items():
+                layer = memory.memory_layer(adapter.layer_idx, name)
+                assert isinstance(layer, EpisodicLayer)
+                empty = reader.null_key.new_zeros(0, adapter.hidden_size)
+                states = [self.states[row][index].float() if row else empty for row in rows]
+                encoded = reader.encode(pad_sequence(states, batch_first=True))
+                access = encoded.new_zeros(*real.shape, layer.config.store_slots)
+                tokens = Tokens(encoded, torch.zeros_like(encoded[..., 0]), access, real)
+                write_predicted(reader, layer, tokens, all_real=False)

@@ -1,0 +1,234 @@
+"""What the laws are tested on: tiny random models of every architecture, with every mechanism and its settings.
+
+A new architecture, mechanism or setting joins all tests by an entry in the tables here.
+"""
+
+import functools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from senri_hf import MemoryAdapterConfig, MemoryCache
+from senri_hf.adapters.config import MECHANISMS
+from senri_hf.memory.owner import owners
+
+
+VOCABULARY = 97
+PAD, BOS, EOS = 0, 1, 2
+HIDDEN = 32
+MEMORY_LAYERS = [0, 2]
+
+GROUPED = {"num_key_value_heads": 2}
+ARCHITECTURES: dict[str, tuple[type, type, dict[str, Any]]] = {
+    "llama": (LlamaConfig, LlamaForCausalLM, GROUPED),
+    "gemma3": (
+        Gemma3TextConfig,
+        Gemma3ForCausalLM,
+        {
+            **GROUPED,
+            "head_dim": 8,
+            "sliding_window": 6,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, GROUPED),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {**GROUPED, "head_dim": 8}),
+    "gpt_neox": (GPTNeoXConfig, GPTNeoXForCausalLM, {}),
+}
+
+# Small, so that short texts complete segments, fill the slots and evict from them.
+SMALL: dict[str, dict[str, Any]] = {
+    "episodic": {"buffer_slots": 12, "store_slots": 6, "segment_length": 5, "predictor_rank": 8},
+}
+SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
+    "episodic": {
+        "default": {},
+        "committed_segments": {"read_scope": "committed_segments"},
+        "nll": {"surprise": "nll"},
+        "zero": {"init": "zero"},
+        "no_store": {"store_slots": 0},
+    },
+}
+
+
+def tiny_model(arch: str, seed: int = 0, **settings: Any) -> PreTrainedModel:
+    """A random model of an architecture whose greedy text is varied."""
+    config_class, model_class, own = ARCHITECTURES[arch]
+    torch.manual_seed(seed)
+    config = config_class(
+        **{
+            "vocab_size": VOCABULARY,
+            "hidden_size": HIDDEN,
+            "intermediate_size": 64,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 4096,
+            "pad_token_id": PAD,
+            "bos_token_id": BOS,
+            "eos_token_id": EOS,
+            "tie_word_embeddings": False,
+            **own,
+            **settings,
+        }
+    )
+    model = model_class(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.5)
+        model.get_input_embeddings().weight.normal_(std=0.1)
+    return model
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An architecture with a mechanism and settings."""
+
+    arch: str
+    mechanism: str
+    variant: str
+
+    def __str__(self) -> str:
+        return f"{self.arch}-{self.mechanism}-{self.variant}"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What goes to the adapter's config."""
+        return {**SMALL[self.mechanism], **SETTINGS[self.mechanism][self.variant]}
+
+    @property
+    def reads_own_conversation(self) -> bool:
+        """Whether a token reads what its own conversation wrote."""
+        return self.settings.get("read_scope") == "committed_segments"
+
+    def fresh(self, seed: int = 0, model: dict[str, Any] | None = None, **settings: Any) -> PeftModel:
+        """The model with an adapter as it is before any training."""
+        base = tiny_model(self.arch, **(model or {}))
+        torch.manual_seed(seed + 1)
+        config = MemoryAdapterConfig(
+            mechanism=self.mechanism, layers_to_transform=MEMORY_LAYERS, **{**self.settings, **settings}
+        )
+        return get_peft_model(base, config).eval()
+
+    def build(self, seed: int = 0, model: dict[str, Any] | None = None, **settings: Any) -> PeftModel:
+        """The model with an adapter as some training could leave it: what it reads changes the logits."""
+        return perturb(self.fresh(seed, model, **settings), seed)
+
+    @functools.cache  # noqa: B019
+    def model(self) -> PeftModel:
+        """A built model that tests share and must not change."""
+        return self.build()
+
+
+def perturb(model: PeftModel, seed: int = 0) -> PeftModel:
+    """Move every weight of the memory, gates and outputs that start at zero included."""
+    generator = torch.Generator().manual_seed(seed + 2)
+    with torch.no_grad():
+        for owner in owners(model):
+            for parameter in owner.parameters():  # type: ignore[attr-defined]
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * (0.5 if parameter.dim() < 2 else 0.1))
+    return model
+
+
+def subjects(arch: str, variants: Iterable[str] | None = None) -> list[Subject]:
+    """An architecture with every mechanism and all of its settings, or some of them."""
+    return [
+        Subject(arch, mechanism, variant)
+        for mechanism in MECHANISMS
+        for variant in (SETTINGS[mechanism] if variants is None else variants)
+        if variant in SETTINGS[mechanism]
+    ]
+
+
+# One architecture with everything, every other one with a mechanism's defaults.
+SUBJECTS = subjects("llama") + [
+    subject for arch in ARCHITECTURES if arch != "llama" for subject in subjects(arch, ["default"])
+]
+LLAMA = subjects("llama")
+DEFAULTS = subjects("llama", ["default"])
+
+
+def tokens(rows: int, length: int, seed: int = 0) -> Tensor:
+    """Random ids [rows, length] without special tokens."""
+    return torch.randint(3, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def feed(model: PeftModel, memory: MemoryCache, ids: Tensor, pieces: Sequence[int] | None = None, **kwargs: Any) -> Tensor:
+    """Logits of ids read in pieces of the given lengths, repeated as needed; whole when None."""
+    if pieces is None:
+        return model(input_ids=ids, past_key_values=memory, **kwargs).logits
+    logits, start, turn = [], 0, 0
+    while start < ids.shape[1]:
+        stop = start + pieces[turn % len(pieces)]
+        logits.append(model(input_ids=ids[:, start:stop], past_key_values=memory, **kwargs).logits)
+        start, turn = stop, turn + 1
+    return torch.cat(logits, dim=1)
+
+
+def talk(
+    model: PeftModel, memory: MemoryCache, conversations: Iterable[Tensor], pieces: Sequence[int] | None = None
+) -> list[Tensor]:
+    """Logits of conversations read one after another; the context is cleared after each."""
+    logits = []
+    for ids in conversations:
+        logits.append(feed(model, memory, ids, pieces))
+        memory.clear_context()
+    return logits
+
+
+@torch.no_grad()
+def remembering(model: PeftModel, rows: int = 1, seed: int = 0, lengths: Sequence[int] = (23, 17)) -> MemoryCache:
+    """A memory of some conversations, with the context cleared."""
+    memory = MemoryCache.for_model(model)
+    talk(model, memory, [tokens(rows, length, seed + i) for i, length in enumerate(lengths)])
+    return memory
+
+
+def greedy(model: PeftModel, ids: Tensor, memory: MemoryCache, new: int = 12, **kwargs: Any) -> Tensor:
+    """The new tokens of greedy decoding, [rows, new]; no token ends it unless given."""
+    kwargs = {"eos_token_id": None, "attention_mask": torch.ones_like(ids), "do_sample": False} | kwargs
+    out = model.generate(input_ids=ids, past_key_values=memory, max_new_tokens=new, **kwargs)
+    return out[:, ids.shape[1] :]
+
+
+def assert_close(ours: Tensor, theirs: Tensor, what: str = "", tolerance: float = 2e-4) -> None:
+    """Equal to float tolerance, relative to the largest value."""
+    assert ours.shape == theirs.shape, f"{what}: {list(ours.shape)} and {list(theirs.shape)}"
+    if ours.numel():
+        error = (ours - theirs).abs().max().item() / max(1.0, theirs.abs().max().item())
+        assert error < tolerance, f"{what} differs by {error:.2g}"
+
+
+def assert_same_memory(ours: MemoryCache | dict[str, Tensor], theirs: MemoryCache | dict[str, Tensor]) -> None:
+    """Equal integers, and floats equal to tolerance."""
+    a, b = (m.state_dict() if isinstance(m, MemoryCache) else m for m in (ours, theirs))
+    assert a.keys() == b.keys()
+    for name, tensor in a.items():
+        if tensor.is_floating_point():
+            assert_close(tensor, b[name], name)
+        else:
+            assert torch.equal(tensor, b[name]), f"{name}: {tensor.tolist()} and {b[name].tolist()}"
+
+
+def assert_identical_memory(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    """Equal bit for bit."""
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), f"{name} changed"

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, settings
 
 
 settings.register_profile(
-    "laws", derandomize=True, deadline=None, max_examples=4, database=None, suppress_health_check=list(HealthCheck)
+    "laws", derandomize=True, deadline=None, max_examples=3, database=None, suppress_health_check=list(HealthCheck)
 )
 settings.load_profile("laws")
 

@@ -143,7 +143,9 @@ def perturb(model: PeftModel, seed: int = 0) -> PeftModel:
     with torch.no_grad():
         for owner in owners(model):
             for parameter in owner.parameters():  # type: ignore[attr-defined]
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * (0.5 if parameter.dim() < 2 else 0.1))
+                parameter.add_(
+                    torch.randn(parameter.shape, generator=generator) * (0.5 if parameter.dim() < 2 else 0.1)
+                )
     return model
 
 
@@ -170,7 +172,9 @@ def tokens(rows: int, length: int, seed: int = 0) -> Tensor:
     return torch.randint(3, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-def feed(model: PeftModel, memory: MemoryCache, ids: Tensor, pieces: Sequence[int] | None = None, **kwargs: Any) -> Tensor:
+def feed(
+    model: PeftModel, memory: MemoryCache, ids: Tensor, pieces: Sequence[int] | None = None, **kwargs: Any
+) -> Tensor:
     """Logits of ids read in pieces of the given lengths, repeated as needed; whole when None."""
     if pieces is None:
         return model(input_ids=ids, past_key_values=memory, **kwargs).logits

@@ -385,6 +385,15 @@ def test_adapters_of_different_layers_stand_beside_each_other(tmp_path: Path) ->
     assert torch.equal(reading(loaded, memory.state_dict()), reading(model, memory))
 
 
+def test_deleting_the_active_adapter_activates_one_of_other_layers() -> None:
+    model = get_peft_model(tiny_model("llama"), settings(layers_to_transform=[0]), adapter_name="a")
+    model.add_adapter("b", settings(layers_to_transform=[1]))
+    with pytest.warns(UserWarning, match="Setting active adapter to b"):
+        model.delete_adapter("a")
+    assert model.active_adapters == ["b"] and model.active_adapter == "b"
+    assert seen(remembering(model.eval())) == {"b": [40]}
+
+
 def test_a_cache_of_before_an_adapter_was_added_says_so() -> None:
     model = adapted(tiny_model("llama"))
     memory = MemoryCache.for_model(model)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from senri_hf import MemoryAdapterConfig, MemoryCache
+from senri_hf.adapters.decoder import find_decoder_layers
 
 
 every_architecture = pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -91,7 +92,7 @@ def test_the_forward_pass_compiles_as_one_graph(arch: str) -> None:
 
 @torch.no_grad()
 def test_a_compiled_model_reads_and_writes_memory() -> None:
-    model = adapted()
+    model = adapted(layers_to_transform=[1])
     before = remembering(model, rows=2, lengths=[7])
     eager, ours = before.snapshot(), before.snapshot()
     expected = model(input_ids=ASKED, past_key_values=eager).logits
@@ -108,8 +109,12 @@ def test_a_compiled_model_reads_and_writes_memory() -> None:
 @every_architecture
 @pytest.mark.parametrize("use_reentrant", [False, True], ids=["not reentrant", "reentrant"])
 def test_gradient_checkpointing_changes_nothing_and_writes_once(arch: str, use_reentrant: bool) -> None:
+    calls: list[bool] = []  # of a module inside a layer, whether while checkpointing
+
     def run(prepare: Callable[[PeftModel], None]) -> tuple[Tensor, dict[str, Tensor], MemoryCache]:
         model = adapted(arch).train()
+        layer = find_decoder_layers(model.base_model.model)[1]
+        layer.mlp.register_forward_pre_hook(lambda *_: calls.append(layer.gradient_checkpointing))
         prepare(model)
         memory = MemoryCache.for_model(model)
         loss = two_conversations(model, memory)
@@ -122,6 +127,7 @@ def test_gradient_checkpointing_changes_nothing_and_writes_once(arch: str, use_r
 
     loss, gradients, memory = run(lambda model: None)
     same_loss, same_gradients, same_memory = run(checkpoint)
+    assert (calls.count(False), calls.count(True)) == (2, 4)
     assert torch.equal(same_loss, loss)
     assert same_gradients.keys() == gradients.keys()
     assert any(".gate" in name for name in gradients) and any(".o_proj" in name for name in gradients)

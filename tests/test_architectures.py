@@ -8,7 +8,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from senri_hf.adapters.decoder import find_decoder, find_decoder_layers
+from senri_hf import EpisodicConfig
+from senri_hf.adapters.decoder import attention_weights, find_decoder, find_decoder_layers, input_norm, output_scale
+from senri_hf.memory import EpisodicReader
+from senri_hf.memory.episodic import EpisodicState
 
 
 SMALL = {
@@ -40,7 +43,10 @@ LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
     "opt": ("model.decoder.layers", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
     "mpt": ("transformer.blocks", {"d_model": 32, "n_heads": 4, "n_layers": 4}),
     "openai-gpt": ("transformer.h", {}),
+    "modernbert-decoder": ("model.layers", {}),
 }
+# Those whose attention a memory can start from.
+KNOWN = ("llama", "gemma2", "gemma3_text", "qwen2_moe", "mixtral", "phi3", "gpt_neox")
 
 
 def model_on_meta(model_type: str, settings: dict[str, Any]) -> PreTrainedModel:
@@ -64,3 +70,24 @@ def test_layers_that_cannot_be_told_apart_are_to_be_named() -> None:
     with pytest.raises(ValueError, match=r"No list of 4 decoder layers .*layers_pattern.*transformer\.attentions"):
         find_decoder_layers(model)
     assert isinstance(find_decoder_layers(model, "transformer.ffns"), nn.ModuleList)
+
+
+@pytest.mark.parametrize("model_type", KNOWN)
+def test_a_memory_that_starts_from_known_attention_can_be_read(model_type: str) -> None:
+    layer = find_decoder_layers(model_on_meta(model_type, LAYERS[model_type][1]))[0]
+    config, hidden = EpisodicConfig(), torch.zeros(2, 3, SMALL["hidden_size"], device="meta")
+    with torch.device("meta"):
+        reader = EpisodicReader(config, input_norm(layer, hidden.shape[-1]), attention_weights(layer))
+        memory = EpisodicState.empty(2, hidden.shape[-1], config, hidden.device)
+        read, _ = reader(reader.encode(hidden), reader.project(memory))
+    assert read.shape == hidden.shape
+    scale = output_scale(layer)
+    assert (scale is not None) == model_type.startswith("gemma")
+    assert scale is None or scale.shape == hidden.shape[-1:]
+
+
+@pytest.mark.parametrize("model_type", sorted(LAYERS.keys() - KNOWN))
+def test_attention_of_another_layout_is_refused(model_type: str) -> None:
+    layer = find_decoder_layers(model_on_meta(model_type, LAYERS[model_type][1]))[0]
+    with pytest.raises(ValueError, match=rf"{type(layer).__name__} is laid out .* init='zero'"):
+        attention_weights(layer)

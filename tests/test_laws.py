@@ -324,7 +324,7 @@ def test_a_token_changes_nothing_before_it(subject: Subject, place: int) -> None
 @every_subject
 @torch.no_grad()
 def test_a_conversation_reads_what_came_before_it_only(subject: Subject) -> None:
-    """What is written meanwhile is not read: memory as it was gives the same logits, and the first conversation is the base's."""
+    """What is written meanwhile is not read: a first conversation is the base model's own."""
     model, ids = subject.model(), tokens(1, 23, seed=14)
     memory, again = remembering(model), remembering(model)
     with again.read_only():
@@ -412,7 +412,10 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 MISFITS: dict[str, tuple[Callable[[Subject], PeftModel], str]] = {
-    "other architecture": (lambda s: Subject("qwen3", s.mechanism, s.variant).build(), "architecture.*'llama'.*'qwen3'"),
+    "other architecture": (
+        lambda s: Subject("qwen3", s.mechanism, s.variant).build(),
+        "architecture.*'llama'.*'qwen3'",
+    ),
     "other hidden size": (lambda s: s.build(model={"hidden_size": 64}), "hidden_size.*32.*64"),
     "other number of layers": (lambda s: s.build(model={"num_hidden_layers": 4}), "num_hidden_layers.*3.*4"),
     "other base weights": (lambda s: s.build(model={"seed": 5}), "base model.*another one"),
@@ -480,7 +483,9 @@ def test_a_flipped_bit_is_refused(saved: Path, tmp_path_factory: pytest.TempPath
 
 @every_setting
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_is_not_finite_is_refused_though_its_checksum_is_right(subject: Subject, bad: float, tmp_path: Path) -> None:
+def test_what_is_not_finite_is_refused_though_its_checksum_is_right(
+    subject: Subject, bad: float, tmp_path: Path
+) -> None:
     """With the tensor that holds it."""
     model = subject.model()
     memory = remembering(model)
@@ -656,12 +661,14 @@ def test_memory_does_not_grow_with_what_is_read(subject: Subject, way: str) -> N
     """The context does; neither `nbytes` nor what the layers really keep alive."""
     model = subject.model()
     sizes = []
-    for length in (50, 400, 2000 if way != "whole" else 1200):
+    for length in (50, 500, 2000) if subject in DEFAULTS else (50, 300, 800):
         memory, ids = remembering(model, lengths=(17,)), tokens(1, length, seed=19)
         mask = torch.ones_like(ids)
         if way == "padding":
             mask[:, :-9] = 0
-        settings = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp_min(0)} if way == "padding" else {}
+        settings = (
+            {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp_min(0)} if way == "padding" else {}
+        )
         if way == "read only":
             with memory.read_only():
                 feed(model, memory, ids, [41])
@@ -673,7 +680,7 @@ def test_memory_does_not_grow_with_what_is_read(subject: Subject, way: str) -> N
     counted, held_bytes, context = zip(*sizes, strict=True)
     assert max(counted) <= 1.25 * counted[0]
     assert max(held_bytes) <= 4 * held_bytes[0] and held_bytes[2] <= 1.5 * held_bytes[1], held_bytes
-    assert context[2] > 20 * context[0]
+    assert context[2] > 10 * context[0]
 
 
 @every_setting
@@ -694,7 +701,7 @@ def test_memory_between_conversations_has_one_size(subject: Subject) -> None:
 @every_subject
 @torch.no_grad()
 def test_without_memory_the_model_is_the_base_model(subject: Subject) -> None:
-    """Bit for bit, with and without a cache: an adapter that is fresh, disabled, or reads an empty or a reset memory."""
+    """Bit for bit, cached or not: an adapter that is fresh, disabled, or reads an empty or a reset memory."""
     fresh, model, ids = subject.fresh(), subject.model(), tokens(2, 9, seed=20)
     base = model.get_base_model()
     with model.disable_adapter():

@@ -135,6 +135,14 @@ def test_a_deleted_lora_leaves_the_memory() -> None:
     assert torch.equal(logits(model, remembering(model)), logits(alone, remembering(alone)))
 
 
+def test_a_deleted_memory_leaves_the_lora() -> None:
+    model = both()
+    with_lora = logits(model)
+    model.delete_adapter("default")
+    assert list(model.peft_config) == model.active_adapters == ["lora"]
+    assert torch.equal(logits(model), with_lora)
+
+
 def test_unload_removes_both() -> None:
     base = tiny_model("llama")
     expected = {name: tensor.clone() for name, tensor in base.state_dict().items()}

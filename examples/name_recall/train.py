@@ -42,7 +42,7 @@ def parse() -> argparse.Namespace:
     add("--buffer-slots", type=int, default=256, help="slots of the short-term buffer")
     add("--store-slots", type=int, default=128, help="slots of the surprise-gated store")
     add("--init", choices=("base_attention", "zero"), default="base_attention", help="what the memory read starts from")
-    add("--keep-every", type=int, default=2, help="in every N-th episode small talk is to stay as without memory; 0: in none")
+    add("--keep-every", type=int, default=3, help="in every N-th episode small talk is to stay as without memory; 0: in none")
     add("--read-told-live", action="store_true", help="read told conversations with memory, instead of once and without it")
     add("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="dtype of the frozen base model")
     add("--seed", type=int, default=0)

@@ -1,6 +1,7 @@
 """Where things are in a decoder-only model: its layers, their norms and their attention projections."""
 
 import copy
+from typing import Any
 
 import torch
 from peft.utils.integrations import dequantize_module_weight
@@ -54,8 +55,8 @@ def find_decoder_layers(model: PreTrainedModel, pattern: str | None = None) -> n
         candidates = counted
     if not candidates:
         raise ValueError(
-            f"No list of {count} decoder layers was found in {type(model).__name__}. Name it with layers_pattern, one of "
-            f"{sorted(lists)}"
+            f"No list of {count} decoder layers was found in {type(model).__name__}. Name it with layers_pattern, one "
+            f"of {sorted(lists)}"
         )
     return candidates[0]
 
@@ -70,14 +71,14 @@ def input_norm(layer: nn.Module, hidden_size: int) -> nn.Module:
 
 
 def output_scale(layer: nn.Module) -> Tensor | None:
-    """Per-channel scale [D] that a layer puts on its attention's output before adding it, None where it adds it as it is.
+    """Per-channel scale [D] that a layer puts on its attention's output before adding it, None where it has none.
 
     Gemma 3 normalises that output; there `post_attention_layernorm` comes before the residual sum, as the presence of
     `pre_feedforward_layernorm` tells.
     """
     if not hasattr(layer, "pre_feedforward_layernorm") or not hasattr(layer, "post_attention_layernorm"):
         return None
-    norm = layer.post_attention_layernorm
+    norm: Any = layer.post_attention_layernorm
     ones = torch.ones_like(norm.weight, dtype=torch.float32)
     with torch.no_grad():
         return (norm.float() if norm.weight.dtype == torch.float32 else copy.deepcopy(norm).float())(ones)
@@ -97,7 +98,7 @@ def attention_weights(layer: nn.Module) -> AttentionWeights:
 
 def known_attention(layer: nn.Module) -> AttentionWeights:
     """`attention_weights`, where an attribute that is looked for may be missing."""
-    attention = next((getattr(layer, n) for n in ("self_attn", "attention", "attn") if hasattr(layer, n)), None)
+    attention: Any = next((getattr(layer, n) for n in ("self_attn", "attention", "attn") if hasattr(layer, n)), None)
     config = getattr(attention, "config", None)
     if attention is None or config is None:
         raise unknown_attention(layer)
@@ -127,6 +128,9 @@ def known_attention(layer: nn.Module) -> AttentionWeights:
     else:
         raise unknown_attention(layer)
     head_size = weights["q"].shape[0] // heads
+    read_size = heads * (weights["v"].shape[0] // groups)
+    if weights["k"].shape[0] != groups * head_size or weights["o"].shape[1] != read_size:
+        raise unknown_attention(layer)  # a gate beside the queries, or shared keys and values
     norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
     if any(p.shape[-1] not in (1, head_size) for norm in norms if norm is not None for p in norm.parameters()):
         raise unknown_attention(layer)  # normalised over all heads at once
@@ -144,12 +148,12 @@ def known_attention(layer: nn.Module) -> AttentionWeights:
 
 def unknown_attention(layer: nn.Module) -> ValueError:
     return ValueError(
-        f"The attention of {type(layer).__name__} is laid out in a way that is not known, so memory cannot start from it. Use "
-        "init='zero'"
+        f"The attention of {type(layer).__name__} is laid out in a way that is not known, so memory cannot start from "
+        "it. Use init='zero'"
     )
 
 
-def base_module(module: nn.Module) -> nn.Module:
+def base_module(module: nn.Module) -> Any:
     """A linear layer without the adapters that may be around it."""
     return getattr(module, "base_layer", module)
 

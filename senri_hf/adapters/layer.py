@@ -26,7 +26,8 @@ class MemoryAdapterLayer(nn.Module, BaseTunerLayer, MemoryOwner):
         self.layer_idx = layer_idx
         self.hidden_size = hidden_size
         self.context = context
-        self.senri_block = nn.ModuleDict()
+        self.senri_block: Any = nn.ModuleDict()
+        self.handle: Any = None  # of the decoder layer's hook
         self._disable_adapters = False
         self._active_adapter: list[str] = []
         self.merged_adapters: list[str] = []
@@ -71,11 +72,11 @@ class MemoryAdapterLayer(nn.Module, BaseTunerLayer, MemoryOwner):
         return (None, None) if parameter is None else (parameter.device, parameter.dtype)
 
     @property
-    def weight(self) -> Tensor | None:
+    def weight(self) -> Tensor | None:  # type: ignore[override]
         return None
 
     @property
-    def bias(self) -> Tensor | None:
+    def bias(self) -> Tensor | None:  # type: ignore[override]
         return None
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -87,6 +88,6 @@ class MemoryAdapterLayer(nn.Module, BaseTunerLayer, MemoryOwner):
 
 def merging() -> NotImplementedError:
     return NotImplementedError(
-        "A memory adapter cannot be merged into the base model's weights: what it adds depends on what was remembered. Keep it as "
-        "an adapter, or remove it with unload()"
+        "A memory adapter cannot be merged into the base model's weights: what it adds depends on what was remembered. "
+        "Keep it as an adapter, or remove it with unload()"
     )

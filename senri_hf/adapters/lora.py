@@ -39,7 +39,7 @@ def add_lora(peft_model: PeftModel, lora_config: LoraConfig, adapter_name: str =
             f"adapter_name={adapter_name!r} was given, but the model has an adapter of that name; its adapters are "
             f"{sorted(peft_model.peft_config)}"
         )
-    base = peft_model.base_model.model
+    base: Any = peft_model.base_model.model
     with warnings.catch_warnings():
         # Several adapters are what is asked for here.
         warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
@@ -91,7 +91,7 @@ def load_lora(
     config.inference_mode = not is_trainable
     weights = load_peft_weights(str(folder), device="cpu", **hub_kwargs)
     add_lora(peft_model, config, adapter_name)
-    loaded = set_peft_model_state_dict(peft_model, weights, adapter_name=adapter_name)
+    loaded: Any = set_peft_model_state_dict(peft_model, weights, adapter_name=adapter_name)
     missing = [key for key in loaded.missing_keys if f".{adapter_name}." in key and ".lora_" in key]
     if loaded.unexpected_keys or missing:
         peft_model.delete_adapter(adapter_name)

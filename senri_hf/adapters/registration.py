@@ -39,6 +39,7 @@ def register() -> None:
     from .config import MemoryAdapterConfig
     from .tuner import MemoryTuner
 
-    mapping.PEFT_TYPE_TO_CONFIG_MAPPING[MEMORY_TYPE] = MemoryAdapterConfig
-    mapping.PEFT_TYPE_TO_TUNER_MAPPING[MEMORY_TYPE] = MemoryTuner
-    mapping.PEFT_TYPE_TO_PREFIX_MAPPING[MEMORY_TYPE] = PREFIX
+    name: Any = MEMORY_TYPE
+    mapping.PEFT_TYPE_TO_CONFIG_MAPPING[name] = MemoryAdapterConfig
+    mapping.PEFT_TYPE_TO_TUNER_MAPPING[name] = MemoryTuner
+    mapping.PEFT_TYPE_TO_PREFIX_MAPPING[name] = PREFIX

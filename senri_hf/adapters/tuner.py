@@ -24,7 +24,7 @@ class MemoryTuner(BaseTuner):
 
     prefix = PREFIX
     tuner_layer_cls = MemoryAdapterLayer
-    target_module_mapping: ClassVar[dict[str, Any]] = {}
+    target_module_mapping: ClassVar[dict[str, Any]] = {}  # type: ignore[misc]
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         assert isinstance(peft_config, MemoryAdapterConfig)
@@ -32,18 +32,19 @@ class MemoryTuner(BaseTuner):
         peft_config.layers_to_transform = peft_config.resolve_layers(len(layers))
         names = {id(module): name for name, module in self.model.named_modules()}
         # Not a field: which modules these are follows from the indices, and only those are saved.
-        peft_config.target_modules = {names[id(layers[index])] for index in peft_config.layers_to_transform}
+        target_modules = {names[id(layers[index])] for index in peft_config.layers_to_transform}
+        peft_config.target_modules = target_modules  # type: ignore[attr-defined]
         return peft_config
 
     @staticmethod
     def _check_target_module_exists(peft_config: PeftConfig, key: str) -> bool:
-        return key in peft_config.target_modules
+        return key in peft_config.target_modules  # type: ignore[attr-defined]
 
-    def _create_and_replace(
+    def _create_and_replace(  # type: ignore[override]
         self,
         peft_config: PeftConfig,
         adapter_name: str,
-        target: nn.Module,
+        target: Any,
         target_name: str,
         parent: nn.Module,
         current_key: str,
@@ -68,7 +69,7 @@ class MemoryTuner(BaseTuner):
 
     def _context(self) -> ForwardContext:
         """What this model's hooks share; made, with the decoder's own hooks, when it is first asked for."""
-        decoder = find_decoder(self.model)
+        decoder: Any = find_decoder(self.model)
         context = getattr(decoder, "memory_context", None)
         if context is None:
             config = self.model.config.get_text_config(decoder=True)
@@ -92,9 +93,12 @@ class MemoryTuner(BaseTuner):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete a memory adapter, or one of another method that was added beside it."""
-        config = self.peft_config.get(adapter_name)
+        config: Any = self.peft_config.get(adapter_name)
         if config is None or isinstance(config, MemoryAdapterConfig):
             super().delete_adapter(adapter_name)
+            if not self.active_adapter and self.peft_config:
+                # PEFT asks one layer which adapter is left, but another may be in other layers.
+                self.set_adapter(next(iter(self.peft_config)))
             return
         del self.peft_config[adapter_name]
         prefix = PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type]
@@ -105,7 +109,9 @@ class MemoryTuner(BaseTuner):
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         marked = f"{BLOCK}.{adapter_name}."
-        return key.replace(marked, f"{BLOCK}.") if marked in key else super()._remove_adapter_name_from_key(key, adapter_name)
+        if marked in key:
+            return key.replace(marked, f"{BLOCK}.")
+        return super()._remove_adapter_name_from_key(key, adapter_name)
 
     @classmethod
     def _get_adapter_state_dict(
@@ -131,10 +137,11 @@ class MemoryTuner(BaseTuner):
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Raise NotImplementedError: memories of different adapters are not weights that could be summed."""
         raise NotImplementedError(
-            "Memory adapters cannot be combined into one by weights. Activate several at once with base_model.set_adapter([...])"
+            "Memory adapters cannot be combined into one by weights. Activate several at once with "
+            "base_model.set_adapter([...])"
         )
 
-    def _unload_and_optionally_merge(
+    def _unload_and_optionally_merge(  # type: ignore[override]
         self,
         merge: bool = True,
         progressbar: bool = False,
@@ -144,7 +151,8 @@ class MemoryTuner(BaseTuner):
         if merge:
             raise merging()
         self._take_out()
-        return super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
+        super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
+        return self.model
 
     def _take_out(self, adapter_name: str | None = None) -> None:
         """Remove one adapter, or all, and what is of no use then: modules, hooks and what they share."""
@@ -152,14 +160,14 @@ class MemoryTuner(BaseTuner):
         for module in list(self.model.modules()):
             adapter = module._modules.get(CHILD)
             if isinstance(adapter, MemoryAdapterLayer):
-                if adapter_name in adapter.senri_block:
+                if adapter_name is not None and adapter_name in adapter.senri_block:
                     del adapter.senri_block[adapter_name]
                 if adapter_name is not None and len(adapter.senri_block):
                     left = True
                 else:
                     adapter.handle.remove()
                     del module._modules[CHILD]
-        decoder = find_decoder(self.model)
+        decoder: Any = find_decoder(self.model)
         if not left and hasattr(decoder, "memory_context"):
             for handle in decoder.memory_handles:
                 handle.remove()

@@ -170,6 +170,8 @@ class EpisodicReader(nn.Module):
         """Evidence for the conversation of every slot, [B, G, T, N + M]."""
         query = split_heads(self.topic_q_proj(encoded), self.num_key_value_heads)
         match = (query @ view.topic_keys.transpose(2, 3)).float() * self.scale
+        hidden = ~view.conversation.bool().any(1)[:, None, None]  # empty and forgotten slots are no evidence
+        match = match.masked_fill(hidden, torch.finfo(match.dtype).min)
         match = match - match.detach().amax(-1, keepdim=True)
         evidence = (match.exp() @ view.conversation[:, None].transpose(2, 3)).clamp_min(1e-9).log()
         return evidence @ view.conversation[:, None]

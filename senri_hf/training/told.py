@@ -40,7 +40,7 @@ class ToldStates:
         """Read the conversations without a label that were not read before."""
         new = {}
         for conversation in conversations:
-            if not conversation["learns"] and not conversation["keeps"]:
+            if not conversation["learns"]:
                 rows = zip(conversation["input_ids"], conversation["attention_mask"], strict=True)
                 for ids in (row[mask.bool()].tolist() for row, mask in rows):
                     if ids and tuple(ids) not in self.states:

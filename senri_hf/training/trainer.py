@@ -76,38 +76,26 @@ class MemoryTrainer(Trainer):
         learning = torch.is_grad_enabled()
         losses, counts, exact = [], [], []
         for index, conversation in enumerate(conversations):
-            learns, keeps = bool(conversation["learns"]), bool(conversation["keeps"])
-            group = index // self.args.detach_every * self.args.detach_every
-            followed = any(c["learns"] or c["keeps"] for c in conversations[index : group + self.args.detach_every])
-            if self.told is not None and not learns and not keeps:
+            learns = bool(conversation["learns"])
+            if conversation["keeps"] and self.args.keep_loss_weight:
+                divergence, count = self.divergence(model, memory, conversation)
+                losses.append(self.args.keep_loss_weight * divergence)
+                counts.append(count)
+            if self.told is not None and not learns:
                 self.told.write(memory, conversation["input_ids"], conversation["attention_mask"])
-                memory.clear_context()
-                continue
-            columns = learned_columns(conversation) if learns or keeps else torch.tensor([0])
-            arguments = {name: conversation[name] for name in ("input_ids", "attention_mask")}
-            arguments["logits_to_keep"] = columns.to(conversation["input_ids"].device)
-            with torch.set_grad_enabled(learning and followed):
-                logits = model(**arguments, past_key_values=memory).logits
+            else:
+                columns = learned_columns(conversation["labels"] != IGNORED)
+                group = index // self.args.detach_every * self.args.detach_every
+                followed = any(later["learns"] for later in conversations[index : group + self.args.detach_every])
+                with torch.set_grad_enabled(learning and followed):
+                    logits = model(**model_inputs(conversation), past_key_values=memory, logits_to_keep=columns).logits
             if learns:
-                target = conversation["labels"][:, arguments["logits_to_keep"] + 1]
+                target = conversation["labels"][:, columns + 1]
                 losses.append(nn.functional.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), reduction="sum"))
                 labelled = target != IGNORED
                 counts.append(labelled.sum())
                 right = ((logits.argmax(-1) == target) | ~labelled).all(1).float()
                 exact.append(right.masked_fill(~labelled.any(1), torch.nan))
-            if keeps and self.args.keep_loss_weight:
-                marked = conversation["keep"][:, arguments["logits_to_keep"] + 1].bool()
-                rows = marked.any(1).nonzero()[:, 0]
-                for name in ("input_ids", "attention_mask"):
-                    arguments[name] = arguments[name][rows]
-                with torch.no_grad():  # without a cache there is no memory: the base model
-                    base = model(**arguments, use_cache=False).logits
-                marked = marked[rows]
-                divergence = nn.functional.kl_div(
-                    logits[rows].float().log_softmax(-1), base.float().log_softmax(-1), log_target=True, reduction="none"
-                ).sum(-1)
-                losses.append(self.args.keep_loss_weight * (divergence * marked).sum())
-                counts.append(marked.sum())
             memory.clear_context()
             if (index + 1) % self.args.detach_every == 0:
                 memory.detach()
@@ -119,6 +107,26 @@ class MemoryTrainer(Trainer):
             loss = loss + self.args.predictor_loss_weight * torch.stack(predicted).mean()
         rows = conversations[0]["input_ids"].shape[0]
         return loss, torch.stack(exact) if exact else loss.new_full((1, rows), torch.nan)
+
+    def divergence(self, model: nn.Module, memory: MemoryCache, conversation: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """KL divergence of the base model's predictions from those with memory, where rows are marked `keep`.
+
+        Returns:
+            Its sum over the marked tokens, and their number.
+        """
+        rows = conversation["keep"].any(1).nonzero()[:, 0]
+        marked = conversation["keep"][rows].bool()
+        columns = learned_columns(marked)
+        inputs = {name: tensor[rows] for name, tensor in model_inputs(conversation).items()}
+        with torch.no_grad():  # without a cache there is no memory: the base model
+            base = model(**inputs, use_cache=False, logits_to_keep=columns).logits
+        remembered = memory if memory.rows is None else memory.select_rows(rows)
+        logits = model(**inputs, past_key_values=remembered.snapshot(), logits_to_keep=columns).logits
+        divergence = nn.functional.kl_div(
+            logits.float().log_softmax(-1), base.float().log_softmax(-1), log_target=True, reduction="none"
+        )
+        counted = marked[:, columns + 1]
+        return (divergence.sum(-1) * counted).sum(), counted.sum()
 
     def new_memory(self, model: nn.Module) -> MemoryCache:
         """An empty memory for the model."""
@@ -136,10 +144,14 @@ class MemoryTrainer(Trainer):
         return loss.detach(), share, share
 
 
-def learned_columns(conversation: dict[str, Any]) -> Tensor:
-    """The columns whose next token is learned or kept in some row: those whose logits are needed."""
-    wanted = ((conversation["labels"] != IGNORED) | (conversation["keep"] == 1)).any(0)
-    return wanted[1:].nonzero()[:, 0]
+def model_inputs(conversation: dict[str, Any]) -> dict[str, Tensor]:
+    """What of a conversation the model takes."""
+    return {name: conversation[name] for name in ("input_ids", "attention_mask")}
+
+
+def learned_columns(wanted: Tensor) -> Tensor:
+    """The columns whose next token is wanted, [B, T], in some row: those whose logits are needed."""
+    return wanted.any(0)[1:].nonzero()[:, 0]
 
 
 def exact_share(prediction: EvalPrediction) -> dict[str, float]:

@@ -1,0 +1,145 @@
+"""Runs every benchmark and writes `docs/results.md` from what they found.
+
+    make results
+
+A benchmark that has its result already is not run again, unless it is named with `--again`.
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from senri_hf.commands.chat import shipped_adapter
+
+
+HERE, DOCS = Path(__file__).parent, Path(__file__).parents[1] / "docs"
+MODELS = ("smollm2-135m-instruct", "gemma-3-270m")
+BENCHMARKS = ("recall", "perplexity", "forgetting", "speed")
+
+
+def stored(name: str, model: str) -> Any:
+    """What a benchmark found for a model, None where it has not run."""
+    if name == "forgetting":
+        path = DOCS / f"forgetting-{model}.json"
+        return json.loads(path.read_text()) if path.exists() else None
+    path = DOCS / f"{name}.json"
+    return json.loads(path.read_text()).get(model) if path.exists() else None
+
+
+def run(name: str, model: str, adapter: Path) -> None:
+    output = DOCS if name == "forgetting" else DOCS / f"{name}.json"
+    command = [sys.executable, str(HERE / f"{name}.py"), "--model", model, "--adapter", str(adapter), "--output", str(output)]
+    subprocess.run(command, check=True)
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.0f}%"
+
+
+def size(value: float) -> str:
+    return f"{value / 1e6:.1f} MB" if value >= 1e5 else f"{value / 1e3:.1f} kB"
+
+
+def recall_table(found: dict[str, dict[str, Any]]) -> list[str]:
+    methods = ("memory", "no memory", "kept in context", "text prepended")
+    lines = ["| told | episodes | " + " | ".join(methods) + " |", "|---|---|" + "---|" * len(methods)]
+    for suite, results in found.items():
+        cells = []
+        for method in methods:
+            r = results.get(method)
+            cells.append("not run" if r is None else f"**{percent(r['exact'])}** · {size(r['bytes'])} · {r['seconds'] * 1e3:.0f} ms")
+        count = next(iter(results.values()))["episodes"]
+        lines.append(f"| {suite} | {count} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def wrong_answers(found: dict[str, dict[str, Any]]) -> list[str]:
+    lines = ["| told | asked | right | said |", "|---|---|---|---|"]
+    for suite, results in found.items():
+        for question, answer, reply in results.get("memory", {}).get("wrong", [])[:2]:
+            said = " ".join(reply.split())[:120].replace("|", "\\|")
+            lines.append(f"| {suite} | {question} | {answer} | {said} |")
+    return lines
+
+
+def gate_table(kept: list[dict[str, Any]]) -> list[str]:
+    """Told conversations with the tokens that most layers kept in bold."""
+    lines = ["| value told | tokens; those in bold were kept by at least half of the memory layers |", "|---|---|"]
+    for row in kept:
+        words = [word.replace("\n", "⏎").replace("|", "\\|") for word, _ in row["tokens"]]
+        shown = [f"**{w.strip() or '·'}**" if share >= 0.5 else w.strip() for w, (_, share) in zip(words, row["tokens"], strict=True)]
+        lines.append(f"| {row['answer']} | {' '.join(shown)} |")
+    return lines
+
+
+def flat_table(found: dict[str, Any]) -> list[str]:
+    lines = ["| | |", "|---|---|"]
+    for name, value in found.items():
+        lines.append(f"| {name} | {value:,.4g} |" if isinstance(value, float) else f"| {name} | {value} |")
+    return lines
+
+
+def write(path: Path) -> None:
+    """Render all that is stored."""
+    lines = [
+        "# Results",
+        "",
+        "Written by `make results` from the JSON files beside it.",
+        f"torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads.",
+        "",
+        "Recall is scored on what `generate()` says: the value told has to be in the reply, and no other value of the episode.",
+        "Values, phrasings and (where it says so) relations were never seen in training. Told in one process, saved to a file, asked",
+        "in another. Beside each share stand the bytes that are kept per person and the time of an answer, in a batch of 25.",
+    ]
+    for model in MODELS:
+        sections = {name: stored(name, model) for name in BENCHMARKS}
+        if not any(sections.values()):
+            lines += ["", f"## {model}", "", "No adapter is shipped for it yet, so nothing was run."]
+            continue
+        lines += ["", f"## {model}"]
+        if sections["recall"]:
+            lines += ["", "### Recall", "", f"`python benchmarks/recall.py --model {model} --adapter …`", ""]
+            lines += recall_table(sections["recall"])
+            lines += ["", "Some answers that were wrong:", "", *wrong_answers(sections["recall"])]
+        if sections["forgetting"]:
+            curve = sections["forgetting"]["forgetting"]
+            lines += ["", "### Forgetting", "", f"![recall against decay cycles](forgetting-{model}.png)", ""]
+            lines += ["| decay cycles | " + " | ".join(map(str, curve["cycles"])) + " |", "|---|" + "---|" * len(curve["cycles"])]
+            lines += ["| four facts, one asked | " + " | ".join(map(percent, curve["exact"])) + " |"]
+            lines += ["", "### What the surprise gate kept", "", *gate_table(sections["forgetting"]["kept"])]
+        if sections["perplexity"]:
+            lines += ["", "### Perplexity on ordinary English prose", "", *flat_table(sections["perplexity"])]
+        if sections["speed"]:
+            lines += ["", "### Cost"]
+            for title, values in sections["speed"].items():
+                lines += ["", f"{title[0].upper()}{title[1:]}:", "", *flat_table(values)]
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    scratch.replace(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--again", nargs="*", default=[], choices=BENCHMARKS, help="run these again")
+    args = parser.parse_args()
+    for model in MODELS:
+        adapter = shipped_adapter(model)
+        if adapter is None:
+            print(f"{model}: no adapter is shipped")
+            continue
+        for name in BENCHMARKS:
+            # recall goes on where it stopped by itself
+            if name == "recall" or name in args.again or stored(name, model) is None:
+                run(name, model, adapter)
+            write(DOCS / "results.md")
+    print(f"{DOCS / 'results.md'}")
+
+
+if __name__ == "__main__":
+    main()

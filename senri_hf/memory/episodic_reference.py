@@ -1,0 +1,224 @@
+"""The episodic mechanism as its formulas say it: row by row, token by token, slot by slot.
+
+For reading, and for tests to hold `episodic` and `EpisodicReader` against; nothing else imports it.
+"""
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..configuration import EpisodicConfig
+from .episodic import ACCESS_IMPORTANCE, AGE_IMPORTANCE, EMPTY, SURPRISE_IMPORTANCE, EpisodicState
+from .episodic_reader import CONVERSATIONS, EpisodicReader
+
+
+def stage_segment(
+    state: EpisodicState, hidden: Tensor, surprise: Tensor, valid: Tensor, config: EpisodicConfig
+) -> EpisodicState:
+    """Write one segment, as `episodic.stage_segment` does.
+
+    Args:
+        hidden: [B, S, D]. surprise: [B, S]. valid: [B, S], true for the first tokens of a row.
+    """
+    rows = []
+    for index in range(state.batch_size):
+        row = state.map(lambda tensor, index=index: tensor[index : index + 1])  # type: ignore[misc]
+        length = int(valid[index].sum())
+        rows.append(stage_row(row, list(hidden[index, :length]), surprise[index, :length].tolist(), config))
+    return EpisodicState(*(torch.cat(parts) for parts in zip(*(row.tensors().values() for row in rows), strict=True)))
+
+
+def stage_row(
+    state: EpisodicState, tokens: list[Tensor], surprise: list[float], config: EpisodicConfig
+) -> EpisodicState:
+    """Write the tokens of one row's segment into its memory, a state of one row."""
+    statistics = [float(x) for x in (state.surprise_mean, state.surprise_square, state.surprise_weight)]
+    first = int(state.tokens)
+    means, deviations = [], []
+    for value in surprise:
+        total, square, weight = statistics
+        mean = total / weight if weight > 0 else 0.0
+        means.append(mean if weight > 0 else math.nan)
+        deviations.append(math.sqrt(max(square / weight - mean**2, 0.0)) if weight > 0 else math.nan)
+        observed = (value, value**2, 1.0)
+        statistics = [
+            (1 - config.ema_alpha) * old + config.ema_alpha * new for old, new in zip(statistics, observed, strict=True)
+        ]
+    if config.store_slots:
+        state = consolidate(state, tokens, surprise, means, deviations, first, config)
+    state = write_buffer(state, tokens, first, config)
+    sums = [torch.tensor([x]) for x in statistics]
+    return replace(
+        state,
+        surprise_mean=sums[0],
+        surprise_square=sums[1],
+        surprise_weight=sums[2],
+        tokens=state.tokens + len(tokens),
+    )
+
+
+def consolidate(
+    state: EpisodicState,
+    tokens: list[Tensor],
+    surprise: list[float],
+    means: list[float],
+    deviations: list[float],
+    first: int,
+    config: EpisodicConfig,
+) -> EpisodicState:
+    """Take surprising tokens into the store; all of them are compared with the store as it was before the segment."""
+    filled = [slot for slot in range(config.store_slots) if state.tag[0, slot] != EMPTY]
+    z = config.z_score_threshold * (1 + config.capacity_pressure * len(filled) / config.store_slots)
+    low, high = config.contrastive_similarity, config.consolidation_similarity
+
+    same: list[int | None] = []  # the slot that holds the same thing as the token
+    own: list[float | None] = []  # the token's own surprise, None when it is not surprising
+    for token, value, mean, deviation in zip(tokens, surprise, means, deviations, strict=True):
+        similarity = {slot: cosine(token, state.store[0, slot]) for slot in filled}
+        nearest = max(filled, key=lambda slot: similarity[slot], default=None)
+        is_same = nearest is not None and similarity[nearest] >= high
+        same.append(nearest if is_same else None)
+        if math.isnan(mean):  # without history nothing is surprising
+            own.append(None)
+            continue
+        if config.contrastive_weight and nearest is not None and not is_same:
+            contrast = min(max((similarity[nearest] - low) / (high - low), 0.0), 1.0)
+            value = max(value, mean + config.contrastive_weight * contrast * deviation)
+        elif config.contrastive_weight:
+            value = max(value, mean)
+        own.append(value if value > mean + z * deviation else None)
+
+    # A token is as surprising as the most surprising of itself and the `span` tokens before it.
+    spread: list[float | None] = []
+    for index in range(len(tokens)):
+        around = [value for value in own[max(0, index - config.span) : index + 1] if value is not None]
+        spread.append(max(around) if around else None)
+
+    store, kept = list(state.store[0]), state.surprise[0].tolist()
+    access, age, tag = state.access[0].tolist(), state.store_age[0].tolist(), state.tag[0].tolist()
+    for slot in filled:
+        claims = [(value, -i) for i, value in enumerate(spread) if value is not None and same[i] == slot]
+        if claims and max(claims)[0] > kept[slot]:
+            value, index = max(claims)
+            store[slot], kept[slot], age[slot], tag[slot] = tokens[-index], value, 0, first - index
+
+    def importance(slot: int) -> float:
+        if slot not in filled:
+            return -math.inf
+        return (
+            SURPRISE_IMPORTANCE * kept[slot]
+            + ACCESS_IMPORTANCE * math.log(1 + access[slot])
+            - AGE_IMPORTANCE * age[slot]
+        )
+
+    newcomers = [(-worth, i) for i, worth in enumerate(spread) if worth is not None and same[i] is None]
+    least = sorted((importance(slot), slot) for slot in range(config.store_slots))
+    for (negative, index), (worth, slot) in zip(sorted(newcomers), least, strict=False):
+        if SURPRISE_IMPORTANCE * -negative > worth:
+            store[slot], kept[slot], access[slot], age[slot] = tokens[index], -negative, 0.0, 0
+            tag[slot] = first + index
+    return replace(
+        state,
+        store=torch.stack(store)[None],
+        surprise=torch.tensor([kept]),
+        access=torch.tensor([access]),
+        store_age=torch.tensor([age]),
+        tag=torch.tensor([tag]),
+    )
+
+
+def write_buffer(state: EpisodicState, tokens: list[Tensor], first: int, config: EpisodicConfig) -> EpisodicState:
+    """Reinforce the slots of known tokens; novel ones take the weakest slots, the longest unwritten first."""
+    slots, strength = list(state.buffer[0]), state.strength[0].tolist()
+    age, tag = state.buffer_age[0].tolist(), state.buffer_tag[0].tolist()
+    live = [slot for slot in range(len(slots)) if tag[slot] != EMPTY and state.strength[0, slot] >= config.min_strength]
+    hits: dict[int, list[int]] = {}
+    novel = []
+    for index, token in enumerate(tokens):
+        similarity = {slot: cosine(token, slots[slot]) for slot in live}
+        nearest = max(live, key=lambda slot: similarity[slot], default=None)
+        if nearest is not None and similarity[nearest] >= config.novelty_threshold:
+            hits.setdefault(nearest, []).append(index)
+        else:
+            novel.append(index)
+    for slot, indices in hits.items():
+        average = torch.stack([tokens[index] for index in indices]).mean(0)
+        slots[slot] = (1 - config.write_alpha) * slots[slot] + config.write_alpha * average
+        strength[slot], age[slot], tag[slot] = 1.0, 0, first + indices[-1]
+    weakest = sorted(range(len(slots)), key=lambda slot: (strength[slot], tag[slot]))
+    for index, slot in zip(novel, weakest, strict=False):
+        slots[slot], strength[slot], age[slot], tag[slot] = tokens[index], 1.0, 0, first + index
+    return replace(
+        state,
+        buffer=torch.stack(slots)[None],
+        strength=torch.tensor([strength]),
+        buffer_age=torch.tensor([age]),
+        buffer_tag=torch.tensor([tag]),
+    )
+
+
+def read(reader: EpisodicReader, encoded: Tensor, memory: EpisodicState) -> tuple[Tensor, Tensor]:
+    """What a reader adds to the residual stream and the mass on store slots: `reader(encoded, reader.project(memory))`.
+
+    Args:
+        encoded: [B, T, D].
+
+    Returns:
+        [B, T, D] and [B, T, M].
+    """
+    added, access = [], []
+    for row in range(encoded.shape[0]):
+        buffered, stored = memory.buffer.shape[1], memory.store.shape[1]
+        live = memory.live_buffer(reader.config)[row].tolist() + memory.live_store()[row].tolist()
+        ages = memory.buffer_age[row].tolist() + memory.store_age[row].tolist()
+        ages = [min(age, CONVERSATIONS - 1) for age in ages]
+        slots = reader.norm(torch.cat([memory.buffer[row], memory.store[row]]))
+        keys, topic_keys, values = (
+            project(slots).unflatten(-1, (reader.num_key_value_heads, -1))
+            for project in (reader.k_proj, reader.topic_k_proj, reader.v_proj)
+        )
+        if reader.k_norm is not None:
+            keys = reader.k_norm(keys)
+        living = [slot for slot in range(buffered + stored) if live[slot]]
+        for token in encoded[row]:
+            x = reader.norm(token)
+            queries = reader.q_proj(x).unflatten(-1, (reader.num_heads, -1))
+            if reader.q_norm is not None:
+                queries = reader.q_norm(queries)
+            topic_queries = reader.topic_q_proj(x).unflatten(-1, (reader.num_key_value_heads, -1))
+            heads, mass = [], []
+            for head in range(reader.num_heads):
+                group = head * reader.num_key_value_heads // reader.num_heads
+                topic = {slot: reader.scale * topic_queries[group] @ topic_keys[slot, group] for slot in living}
+                largest = max((float(t.detach()) for t in topic.values()), default=0.0)
+                scores = []
+                for slot in living:
+                    together = [topic[other] for other in living if ages[other] == ages[slot]]
+                    evidence = (torch.stack(together) - largest).exp().sum().clamp_min(1e-9).log()
+                    if slot < buffered:
+                        bias = reader.strength_scale[head] * memory.strength[row, slot].log()
+                    else:
+                        bias = -reader.age_scale[head] * torch.log1p(memory.store_age[row, slot - buffered])
+                    score = reader.scale * queries[head] @ keys[slot, group]
+                    scores.append(score + bias + reader.topic_scale[head] * evidence)
+                null = reader.scale * queries[head] @ reader.null_key[group] + reader.null_score[head]
+                weights = torch.stack([*scores, null]).softmax(0)
+                seen = torch.zeros(buffered + stored)
+                total = torch.zeros_like(values[0, group])
+                for weight, slot in zip(weights, living, strict=False):
+                    seen[slot] = weight.detach()
+                    total = total + weight * values[slot, group]
+                heads.append(reader.gate[head].tanh() * total)
+                mass.append(seen[buffered:])
+            added.append(reader.o_proj(torch.cat(heads)))
+            access.append(torch.stack(mass).mean(0))
+    shape = encoded.shape[:2]
+    return torch.stack(added).unflatten(0, shape), torch.stack(access).unflatten(0, shape)
+
+
+def cosine(a: Tensor, b: Tensor) -> float:
+    """Cosine similarity of two vectors; 0 for a zero vector."""
+    norms = float(a.detach().norm() * b.detach().norm())
+    return float(a.detach() @ b.detach()) / norms if norms > 0 else 0.0

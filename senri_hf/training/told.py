@@ -6,13 +6,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from ..adapters.decoder import find_decoder
 from ..adapters.hooks import write_predicted
 from ..adapters.layer import MemoryAdapterLayer
 from ..memory import EpisodicLayer, MemoryCache
 from ..memory.episodic_layer import Tokens
 
 
-ROWS_AT_ONCE = 16
+ROWS_AT_ONCE = 32
 
 
 class ToldStates:
@@ -25,7 +26,7 @@ class ToldStates:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
+        self.decoder = find_decoder(model)  # the LM head is not needed
         self.layers = {
             adapter: layer
             for layer in model.modules()
@@ -64,7 +65,7 @@ class ToldStates:
             ids = pad_sequence(texts, batch_first=True)
             mask = pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)
             with torch.no_grad():
-                self.model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
+                self.decoder(input_ids=ids, attention_mask=mask, use_cache=False)
         finally:
             for handle in handles:
                 handle.remove()

@@ -1,6 +1,6 @@
 """Recall against decay cycles, and what the surprise gate kept of what it read.
 
-    python benchmarks/forgetting.py --model smollm2-135m-instruct --adapter FOLDER
+python benchmarks/forgetting.py --model smollm2-135m-instruct --adapter FOLDER
 """
 
 import argparse
@@ -8,10 +8,10 @@ import json
 from pathlib import Path
 
 import torch
+from recall import load
 from tqdm import tqdm
 
 import senri_hf
-from recall import load
 from senri_hf.tasks import recall_episodes, score_reply
 from senri_hf.training import ask, tell
 
@@ -39,7 +39,9 @@ def kept_tokens(model, tokenizer) -> list[dict]:
     rows = []
     for episode in recall_episodes(6, split="validation", seed=12):
         memory = tell(model, tokenizer, [episode.told])
-        ids = tokenizer(tokenizer.apply_chat_template(episode.told[0], tokenize=False), add_special_tokens=False).input_ids
+        ids = tokenizer(
+            tokenizer.apply_chat_template(episode.told[0], tokenize=False), add_special_tokens=False
+        ).input_ids
         tags = [layer.state_dict()["tag"][0] for layer in memory.memory_layers]
         share = [sum(int((tag == position).any()) for tag in tags) / len(tags) for position in range(len(ids))]
         words = [tokenizer.decode(token) for token in ids]

@@ -1,6 +1,6 @@
 """Perplexity on ordinary English prose with an empty memory, a full one, and the adapter disabled.
 
-    python benchmarks/perplexity.py --model smollm2-135m-instruct --adapter FOLDER
+python benchmarks/perplexity.py --model smollm2-135m-instruct --adapter FOLDER
 """
 
 import argparse
@@ -9,10 +9,10 @@ import math
 from pathlib import Path
 
 import torch
+from recall import load
 from tqdm import tqdm
 
 import senri_hf
-from recall import load
 from senri_hf.tasks import recall_episodes
 from senri_hf.tasks.text import ordinary_text
 from senri_hf.training import tell

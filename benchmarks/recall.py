@@ -1,10 +1,11 @@
 """Recall of what was told in earlier conversations, scored on what `generate()` says.
 
-    python benchmarks/recall.py --model smollm2-135m-instruct --adapter examples/name_recall/adapters/smollm2-135m-instruct
+    python benchmarks/recall.py --model smollm2-135m-instruct \\
+        --adapter examples/name_recall/adapters/smollm2-135m-instruct
 
-Every suite runs four ways on the same episodes: with memory (told in one process, saved to a file, asked in another), with no
-memory, with the conversations kept in the context, and with their text prepended to the question. What is done already is
-read from `--output`, so an interrupted run goes on where it stopped.
+Every suite runs four ways on the same episodes: with memory (told in one process, saved to a file, asked in another),
+with no memory, with the conversations kept in the context, and with their text prepended to the question. What is done
+already is read from `--output`, so an interrupted run goes on where it stopped.
 """
 
 import argparse

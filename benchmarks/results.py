@@ -34,7 +34,16 @@ def stored(name: str, model: str) -> Any:
 
 def run(name: str, model: str, adapter: Path) -> None:
     output = DOCS if name == "forgetting" else DOCS / f"{name}.json"
-    command = [sys.executable, str(HERE / f"{name}.py"), "--model", model, "--adapter", str(adapter), "--output", str(output)]
+    command = [
+        sys.executable,
+        str(HERE / f"{name}.py"),
+        "--model",
+        model,
+        "--adapter",
+        str(adapter),
+        "--output",
+        str(output),
+    ]
     subprocess.run(command, check=True)
 
 
@@ -53,7 +62,11 @@ def recall_table(found: dict[str, dict[str, Any]]) -> list[str]:
         cells = []
         for method in methods:
             r = results.get(method)
-            cells.append("not run" if r is None else f"**{percent(r['exact'])}** · {size(r['bytes'])} · {r['seconds'] * 1e3:.0f} ms")
+            cells.append(
+                "not run"
+                if r is None
+                else f"**{percent(r['exact'])}** · {size(r['bytes'])} · {r['seconds'] * 1e3:.0f} ms"
+            )
         count = next(iter(results.values()))["episodes"]
         lines.append(f"| {suite} | {count} | " + " | ".join(cells) + " |")
     return lines
@@ -73,7 +86,10 @@ def gate_table(kept: list[dict[str, Any]]) -> list[str]:
     lines = ["| value told | tokens; those in bold were kept by at least half of the memory layers |", "|---|---|"]
     for row in kept:
         words = [word.replace("\n", "⏎").replace("|", "\\|") for word, _ in row["tokens"]]
-        shown = [f"**{w.strip() or '·'}**" if share >= 0.5 else w.strip() for w, (_, share) in zip(words, row["tokens"], strict=True)]
+        shown = [
+            f"**{w.strip() or '·'}**" if share >= 0.5 else w.strip()
+            for w, (_, share) in zip(words, row["tokens"], strict=True)
+        ]
         lines.append(f"| {row['answer']} | {' '.join(shown)} |")
     return lines
 
@@ -93,9 +109,10 @@ def write(path: Path) -> None:
         "Written by `make results` from the JSON files beside it.",
         f"torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads.",
         "",
-        "Recall is scored on what `generate()` says: the value told has to be in the reply, and no other value of the episode.",
-        "Values, phrasings and (where it says so) relations were never seen in training. Told in one process, saved to a file, asked",
-        "in another. Beside each share stand the bytes that are kept per person and the time of an answer, in a batch of 25.",
+        "Recall is scored on what `generate()` says: the value told has to be in the reply, and no other value of the",
+        "episode. Values, phrasings and (where it says so) relations were never seen in training. Told in one process,",
+        "saved to a file, asked in another. Beside each share stand the bytes that are kept per person and the time of",
+        "an answer, in a batch of 25.",
     ]
     for model in MODELS:
         sections = {name: stored(name, model) for name in BENCHMARKS}
@@ -110,7 +127,10 @@ def write(path: Path) -> None:
         if sections["forgetting"]:
             curve = sections["forgetting"]["forgetting"]
             lines += ["", "### Forgetting", "", f"![recall against decay cycles](forgetting-{model}.png)", ""]
-            lines += ["| decay cycles | " + " | ".join(map(str, curve["cycles"])) + " |", "|---|" + "---|" * len(curve["cycles"])]
+            lines += [
+                "| decay cycles | " + " | ".join(map(str, curve["cycles"])) + " |",
+                "|---|" + "---|" * len(curve["cycles"]),
+            ]
             lines += ["| four facts, one asked | " + " | ".join(map(percent, curve["exact"])) + " |"]
             lines += ["", "### What the surprise gate kept", "", *gate_table(sections["forgetting"]["kept"])]
         if sections["perplexity"]:

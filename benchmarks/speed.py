@@ -46,7 +46,9 @@ def decoding(name: str, adapter: str | None, dtype: str) -> dict[str, float]:
     told = recall_episodes(1, split="validation", facts=10, seed=3)[0].told
     memory = tell(model, tokenizer, [told])
     prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "Tell me something about the sea."}], add_generation_prompt=True, return_tensors="pt"
+        [{"role": "user", "content": "Tell me something about the sea."}],
+        add_generation_prompt=True,
+        return_tensors="pt",
     )["input_ids"]
     options = {"do_sample": False, "min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS}
     found = in_turns(
@@ -93,10 +95,14 @@ def training_step(name: str, dtype: str) -> dict[str, float]:
     lora = get_peft_model(base, LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))
     model = with_adapter(name, None, dtype)
     episodes = recall_episodes(8, split="train", facts=2, seed=1)
-    batch = EpisodeCollator(tokenizer)([{"conversations": episode.conversations} for episode in episodes])["conversations"]
+    batch = EpisodeCollator(tokenizer)([{"conversations": episode.conversations} for episode in episodes])[
+        "conversations"
+    ]
     trainer = senri_hf.MemoryTrainer(
         model=model,
-        args=senri_hf.MemoryTrainingArguments(output_dir="/tmp/unused", use_cpu=not torch.cuda.is_available(), report_to="none"),
+        args=senri_hf.MemoryTrainingArguments(
+            output_dir="/tmp/unused", use_cpu=not torch.cuda.is_available(), report_to="none"
+        ),
     )
     question = batch[-1]
 
@@ -134,7 +140,9 @@ def with_adapter(name: str, adapter: str | None, dtype: str) -> PeftModel:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m-instruct")
-    parser.add_argument("--adapter", help="folder of a trained adapter; an untrained one of the default settings without it")
+    parser.add_argument(
+        "--adapter", help="folder of a trained adapter; an untrained one of the default settings without it"
+    )
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--output", type=Path, default=Path("docs/speed.json"))
     arguments = parser.parse_args()

@@ -24,7 +24,19 @@ _MODULES = {
     "base_names": ".bases",
 }
 
-__all__ = ["__version__", *_MODULES]
+__all__ = [
+    "EpisodeCollator",
+    "EpisodicConfig",
+    "MemoryAdapterConfig",
+    "MemoryCache",
+    "MemoryChat",
+    "MemoryTrainer",
+    "MemoryTrainingArguments",
+    "__version__",
+    "add_lora",
+    "base_names",
+    "load_base",
+]
 
 if TYPE_CHECKING:
     from .adapters import MemoryAdapterConfig, add_lora

@@ -31,6 +31,7 @@ from senri_hf.bases import (
     load_base,
 )
 
+
 PARTS = {"a.part0": b"first half, ", "a.part1": b"second half"}
 WORDS = ["<bos>", "<eos>", "<unk>", "<start_of_turn>", "<end_of_turn>", "hello"]
 

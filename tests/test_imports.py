@@ -111,6 +111,10 @@ def test_every_name_that_a_part_exports_is_explained(module: str) -> None:
         assert getattr(part, name).__doc__
 
 
+def test_every_public_name_has_a_place_to_come_from() -> None:
+    assert set(senri_hf.__all__) == {"__version__", *senri_hf._MODULES}
+
+
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'Telepathy'"):
         senri_hf.Telepathy  # noqa: B018

@@ -19,6 +19,7 @@ from senri_hf.tasks.recall import (
     training_mixture,
 )
 
+
 PARTS = ("statements", "questions")
 
 
@@ -30,7 +31,7 @@ def _edit_distance_below_two(first: str, second: str) -> bool:
     if first == second or abs(len(first) - len(second)) > 1:
         return first == second
     if len(first) == len(second):
-        return sum(a != b for a, b in zip(first, second)) < 2
+        return sum(a != b for a, b in zip(first, second, strict=True)) < 2
     short, long = sorted((first, second), key=len)
     return any(long[:place] + long[place + 1 :] == short for place in range(len(long)))
 
@@ -127,8 +128,9 @@ def test_a_correction_comes_after_the_first_value_and_makes_it_wrong() -> None:
         question = episode.questions[0]
         texts = [conversation[0]["content"].casefold() for conversation in episode.told]
         assert len(texts) == 4 and len(question.wrong) == 3
-        corrections = {fill(template, question.answer).casefold()
-                       for template in _relation(question.relation)["corrections"]}
+        corrections = {
+            fill(template, question.answer).casefold() for template in _relation(question.relation)["corrections"]
+        }
         place = next(index for index, text in enumerate(texts) if text in corrections)
         assert place > 0
 
@@ -165,37 +167,43 @@ def test_the_training_mixture_is_varied_and_keeps_to_training_data() -> None:
         assert score_reply(question.reply, question), question
 
 
-@pytest.mark.parametrize(("reply", "answer", "wrong", "right"), [
-    ("Your name is Priya.", "Priya", (), True),
-    ("your name is PRIYA!", "Priya", (), True),
-    ("That is Priya's name.", "Priya", (), True),
-    ("Your name is Priyanka.", "Priya", (), False),
-    ("I do not know.", "Priya", (), False),
-    ("", "Priya", (), False),
-    ("You are Priya, not Omar.", "Priya", ("Omar",), False),
-    ("You are Priya, says Omarion.", "Priya", ("Omar",), True),
-    ("It is forty-two.", "forty", (), False),
-    ("It is forty-two.", "forty-two", ("forty",), True),
-    ("It is green tea.", "green tea", ("green",), True),
-    ("You are an architect.", "an architect", (), True),
-    ("Your job: architect.", "an architect", ("a baker",), True),
-    ("You are an architect and baker.", "an architect", ("a baker",), False),
-    ("It is shepherd\u2019s pie.", "shepherd's pie", (), True),
-])
+@pytest.mark.parametrize(
+    ("reply", "answer", "wrong", "right"),
+    [
+        ("Your name is Priya.", "Priya", (), True),
+        ("your name is PRIYA!", "Priya", (), True),
+        ("That is Priya's name.", "Priya", (), True),
+        ("Your name is Priyanka.", "Priya", (), False),
+        ("I do not know.", "Priya", (), False),
+        ("", "Priya", (), False),
+        ("You are Priya, not Omar.", "Priya", ("Omar",), False),
+        ("You are Priya, says Omarion.", "Priya", ("Omar",), True),
+        ("It is forty-two.", "forty", (), False),
+        ("It is forty-two.", "forty-two", ("forty",), True),
+        ("It is green tea.", "green tea", ("green",), True),
+        ("You are an architect.", "an architect", (), True),
+        ("Your job: architect.", "an architect", ("a baker",), True),
+        ("You are an architect and baker.", "an architect", ("a baker",), False),
+        ("It is shepherd\u2019s pie.", "shepherd's pie", (), True),
+    ],
+)
 def test_scoring_matches_whole_words_only(reply: str, answer: str, wrong: tuple[str, ...], right: bool) -> None:
     assert score_reply(reply, _question(answer, *wrong)) is right
 
 
-@pytest.mark.parametrize(("arguments", "named"), [
-    ({"split": "test"}, "'test'"),
-    ({"relations": "shoe_size"}, "'shoe_size'"),
-    ({"facts": 0}, "0"),
-    ({"facts": 999}, "999"),
-    ({"facts": 2, "questions": 3}, "3"),
-    ({"distractors": -1}, "-1"),
-    ({"distractors": 10_000}, "10000"),
-    ({"facts_per_conversation": "two"}, "'two'"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"split": "test"}, "'test'"),
+        ({"relations": "shoe_size"}, "'shoe_size'"),
+        ({"facts": 0}, "0"),
+        ({"facts": 999}, "999"),
+        ({"facts": 2, "questions": 3}, "3"),
+        ({"distractors": -1}, "-1"),
+        ({"distractors": 10_000}, "10000"),
+        ({"facts_per_conversation": "two"}, "'two'"),
+    ],
+)
 def test_errors_name_the_value(arguments: dict, named: str) -> None:
     with pytest.raises(ValueError, match=named):
         recall_episodes(1, **arguments)

@@ -10,6 +10,7 @@ import pytest
 from senri_hf.tasks import text
 from senri_hf.tasks.text import TEXT_SOURCES, TextUnavailableError, ordinary_text
 
+
 BOOKS = [source for source in TEXT_SOURCES if source != "python-docs"]
 
 

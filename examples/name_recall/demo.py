@@ -1,6 +1,6 @@
 """A real model is told something, the conversation is thrown away, and another process answers from the saved memory.
 
-    make demo
+make demo
 """
 
 import argparse

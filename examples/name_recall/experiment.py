@@ -60,7 +60,7 @@ class Experiment:
         self.phases: list[dict] = []
 
     def say(self, phase: str, text: str, names: list[str]) -> None:
-        """Write a conversation of one sentence. A word surprises by how unlike the word before it is, and names more."""
+        """Write a conversation of one sentence, in which names surprise more than other words."""
         words = text.split()
         hidden = torch.stack([embed(word) for word in words])[None]
         surprise = torch.tensor([[2.0 if word.strip(".!") in names else 0.5 for word in words]])

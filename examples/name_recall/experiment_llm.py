@@ -1,7 +1,7 @@
 """What an LLM remembers: an introduction, a correction, and decay, each in conversations of their own.
 
-    python examples/name_recall/experiment_llm.py --simple
-    python examples/name_recall/experiment_llm.py --interactive
+python examples/name_recall/experiment_llm.py --simple
+python examples/name_recall/experiment_llm.py --interactive
 """
 
 import argparse
@@ -60,8 +60,8 @@ class Experiment:
             {"phase": name, "said": text, "reply": reply.strip(), "expected": expected, "recalled": found,
              "tokens_written": info.tokens_written, "seconds": info.seconds}
         )  # fmt: skip
-        self.log.info("%s\n  you   > %s\n  model > %s%s", name, text, reply.strip(),
-                      "" if found is None else f"\n  {expected!r} {'recalled' if found else 'not recalled'}")  # fmt: skip
+        outcome = "" if found is None else f"\n  {expected!r} {'recalled' if found else 'not recalled'}"
+        self.log.info("%s\n  you   > %s\n  model > %s%s", name, text, reply.strip(), outcome)
 
     def decay(self, cycles: int) -> None:
         self.chat.memory.decay(cycles)
@@ -95,7 +95,9 @@ def main() -> None:
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     scratch = path.with_suffix(".tmp")
     scratch.write_text(
-        json.dumps({"settings": settings, "phases": experiment.phases, "memory": experiment.chat.memory.summary()}, indent=1)
+        json.dumps(
+            {"settings": settings, "phases": experiment.phases, "memory": experiment.chat.memory.summary()}, indent=1
+        )
     )
     scratch.replace(path)
     print(f"Results: {path}")

@@ -2,7 +2,8 @@
 
     python examples/name_recall/train.py --model smollm2-135m-instruct
 
-Checkpoints are adapters (safetensors); `training_history.json`, a log and a plot of loss and accuracy stand beside them.
+Checkpoints are adapters (safetensors); `training_history.json`, a log and a plot of loss and accuracy stand beside
+them.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from transformers import TrainerCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 import senri_hf
+from senri_hf.adapters import save_adapter
 from senri_hf.tasks import distractor_conversations, recall_episodes, training_mixture
 
 
@@ -42,8 +44,17 @@ def parse() -> argparse.Namespace:
     add("--buffer-slots", type=int, default=256, help="slots of the short-term buffer")
     add("--store-slots", type=int, default=128, help="slots of the surprise-gated store")
     add("--init", choices=("base_attention", "zero"), default="base_attention", help="what the memory read starts from")
-    add("--keep-every", type=int, default=3, help="in every N-th episode small talk is to stay as without memory; 0: in none")
-    add("--read-told-live", action="store_true", help="read told conversations with memory, instead of once and without it")
+    add(
+        "--keep-every",
+        type=int,
+        default=3,
+        help="in every N-th episode small talk is to stay as without memory; 0: in none",
+    )
+    add(
+        "--read-told-live",
+        action="store_true",
+        help="read told conversations with memory, instead of once and without it",
+    )
     add("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="dtype of the frozen base model")
     add("--seed", type=int, default=0)
     return parser.parse_args()
@@ -94,7 +105,7 @@ class History(TrainerCallback):
     def on_evaluate(self, args, state, control, metrics=None, model=None, **kwargs):
         if metrics and metrics["eval_exact"] > self.best:
             self.best = metrics["eval_exact"]
-            save_adapter(model, self.folder / "best")
+            save(model, self.folder / "best")
 
 
 def plot(history: list[dict], path: Path) -> None:
@@ -121,10 +132,17 @@ def plot(history: list[dict], path: Path) -> None:
     scratch.replace(path)
 
 
-def save_adapter(model: PeftModel, folder: Path) -> None:
-    """The adapter alone, in bfloat16."""
+def save(model: PeftModel, folder: Path) -> None:
+    """The adapter alone, in bfloat16, with its card."""
     state = {name: p.detach().to(torch.bfloat16) for name, p in model.named_parameters() if p.requires_grad}
-    model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
+    save_adapter(
+        model,
+        folder,
+        license="mit",
+        training_data="Made-up facts that a user tells of themself, from `senri_hf.tasks.training_mixture`.",
+        state_dict=state,
+        save_embedding_layers=False,
+    )
 
 
 def main() -> None:
@@ -178,8 +196,10 @@ def main() -> None:
     )
     resume = get_last_checkpoint(str(args.checkpoint_dir)) if args.resume == "last" else args.resume
     trainer.train(resume_from_checkpoint=resume)
-    save_adapter(model, args.checkpoint_dir / "final")
-    print(f"The adapter is in {args.checkpoint_dir / 'final'}, the best by validation in {args.checkpoint_dir / 'best'}")
+    save(model, args.checkpoint_dir / "final")
+    print(
+        f"The adapter is in {args.checkpoint_dir / 'final'}, the best by validation in {args.checkpoint_dir / 'best'}"
+    )
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ They run outside of gradient checkpointing, which recomputes `forward` only, so 
 
 import inspect
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache
 
 from ..memory import EpisodicLayer, EpisodicReader, MemoryCache
 from ..memory.episodic_layer import Tokens
+from .layer import MemoryAdapterLayer
 
 
 LOGITS_AT_ONCE = 256
@@ -67,7 +68,7 @@ def decoder_pre_hook(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     if not isinstance(cache, MemoryCache):
         return
     ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
-    tokens = ids if ids is not None else embeds
+    tokens: Any = ids if ids is not None else embeds
     for layer in cache.memory_layers:  # before attention has taken anything in
         layer.check_rows(tokens.shape[0])
     real, all_real = real_tokens(tokens, given.get("attention_mask"), given.get("position_ids"), given)
@@ -97,18 +98,18 @@ def decoder_hook(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 
 def layer_hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     """Read memory into a decoder layer's output, and write the layer's input into memory."""
-    adapter = layer.memory_adapter
-    context: ForwardContext = adapter.context  # type: ignore[union-attr, assignment]
-    if context.memory is None or not adapter.readers:  # type: ignore[union-attr]
+    adapter = cast(MemoryAdapterLayer, layer.memory_adapter)
+    context: ForwardContext = adapter.context
+    if context.memory is None or not adapter.readers:
         return None
     hidden = args[0] if args else kwargs["hidden_states"]
     result = output[0] if isinstance(output, tuple) else output
-    for name, reader in adapter.readers.items():  # type: ignore[union-attr]
-        memory = context.memory.memory_layer(adapter.layer_idx, name)  # type: ignore[union-attr, arg-type]
+    for name, reader in adapter.readers.items():
+        memory = context.memory.memory_layer(adapter.layer_idx, name)
         if not isinstance(memory, EpisodicLayer):
             raise ValueError(
-                f"This memory has no layer {adapter.layer_idx} for the adapter {name!r}. Make one for the model as it is now: "  # type: ignore[union-attr]
-                "MemoryCache.for_model(model)"
+                f"This memory has no layer {adapter.layer_idx} for the adapter {name!r}. Make one for the model as it "
+                "is now: MemoryCache.for_model(model)"
             )
         memory.check_rows(hidden.shape[0])
         read = read_and_write(reader, memory, hidden, context)
@@ -146,7 +147,9 @@ def read_then_write(
     if reader.predictor is None:
         context.waiting.append(Written(memory, encoded, access))
     else:
-        write_predicted(reader, memory, Tokens(encoded, torch.zeros_like(encoded[..., 0]), access, real), context.all_real)
+        write_predicted(
+            reader, memory, Tokens(encoded, torch.zeros_like(encoded[..., 0]), access, real), context.all_real
+        )
     return read
 
 
@@ -183,9 +186,7 @@ def written(memory: EpisodicLayer, context: ForwardContext) -> Tensor:
     return context.real
 
 
-def real_tokens(
-    tokens: Tensor, mask: Any, position_ids: Tensor | None, given: dict[str, Any]
-) -> tuple[Tensor, bool]:
+def real_tokens(tokens: Tensor, mask: Any, position_ids: Tensor | None, given: dict[str, Any]) -> tuple[Tensor, bool]:
     """Which tokens [B, T] of this pass are no padding, and whether all of them are without having looked.
 
     Raises:
@@ -212,8 +213,8 @@ def real_tokens(
 
 def packed() -> ValueError:
     return ValueError(
-        "Several documents are packed into one row, but a memory belongs to a row: they would share it. Pass one document per row, "
-        "with padding"
+        "Several documents are packed into one row, but a memory belongs to a row: they would share it. Pass one "
+        "document per row, with padding"
     )
 
 
@@ -222,6 +223,7 @@ def padding_after_end(ids: Tensor, recent: Tensor | None, context: ForwardContex
 
     A padding token after an end or after another padding token is such padding.
     """
+    assert context.pad_id is not None
     before = ids.new_full((ids.shape[0], 1), -1) if recent is None or not recent.shape[1] else recent[:, -1:]
     previous = torch.cat([before, ids[:, :-1]], dim=1)
     ended = previous == context.pad_id
@@ -231,11 +233,13 @@ def padding_after_end(ids: Tensor, recent: Tensor | None, context: ForwardContex
 
 
 def negative_log_likelihood(context: ForwardContext, hidden: Tensor) -> Tensor:
-    """-log p of every token [B, T] under the model, from the hidden state of the real token before it; 0 at the start."""
+    """-log p of every token [B, T] under the model, from the hidden state of the real token before; 0 at the start."""
     memory, real, ids = context.memory, context.real, context.ids
     assert memory is not None and real is not None and context.model is not None
     if ids is None:
-        raise ValueError("surprise='nll' needs token ids, but inputs_embeds were given; pass input_ids or use surprise='predictor'")
+        raise ValueError(
+            "surprise='nll' needs token ids, but inputs_embeds were given; pass input_ids or use surprise='predictor'"
+        )
     if memory.recent_hidden is None or memory.recent_real is None:
         past, past_real = hidden[:, :0], real[:, :0]
     else:

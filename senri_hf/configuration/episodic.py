@@ -27,8 +27,8 @@ class EpisodicConfig:
             term grows from 0 there to its full weight at `consolidation_similarity`.
         ema_alpha: Weight in (0, 1] of a new token in the running mean and standard deviation of surprise.
         z_score_threshold: A token is surprising when it lies more than this many standard deviations above the mean.
-        span: Tokens after a surprising one, in the same segment, that are as surprising as it is: a name is often several
-            tokens, of which only the first surprises.
+        span: Tokens after a surprising one, in the same segment, that are as surprising as it is: a name is often
+            several tokens, of which only the first surprises.
         capacity_pressure: How much a full store raises that number: z = z_score_threshold * (1 + pressure * fullness).
         consolidation_similarity: Cosine similarity in (0, 1] from which on a surprising token and a stored slot are
             the same thing: the more surprising of the two is kept.
@@ -36,11 +36,12 @@ class EpisodicConfig:
         read_scope: `"conversation"`: a token reads what past conversations left. `"committed_segments"`: it also reads
             the segments of its own conversation that were complete before it.
         write_generated: Whether tokens that `generate()` produced are written too. When False, a call that continues
-            a context by one token a row (as decoding does) or that is a candidate check of assisted decoding reads only.
+            a context by one token a row (as decoding does) or that is a candidate check of assisted decoding only
+            reads.
         init: `"base_attention"`: queries, keys, values and output start as the layer's own attention projections,
             so that reading memory begins as re-reading the past. `"zero"`: random projections, the output zero.
-        rank: With `init="base_attention"`, the rank of the trained change of each projection; None trains full copies. It is
-            not read with `init="zero"`, whose projections are all trained.
+        rank: With `init="base_attention"`, the rank of the trained change of each projection; None trains full copies.
+            It is not read with `init="zero"`, whose projections are all trained.
         num_heads: Read heads for `init="zero"`; the model's own number when None. `init="base_attention"` has the
             layer's heads and refuses a value.
     """
@@ -69,7 +70,7 @@ class EpisodicConfig:
 
     def validate(self) -> None:
         """Raise ValueError naming the first setting that is out of its range."""
-        for name, lowest in (
+        for name, least in (
             ("buffer_slots", 1),
             ("store_slots", 0),
             ("predictor_rank", 1),
@@ -77,8 +78,8 @@ class EpisodicConfig:
             ("span", 0),
         ):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
-                raise ValueError(f"{name}={value!r} was given, but {name} must be a whole number of at least {lowest}")
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name}={value!r} was given, but {name} must be a whole number of at least {least}")
         infinity = float("inf")
         for name, lowest, highest in (
             ("decay_rate", 0.0, 1.0),
@@ -106,11 +107,13 @@ class EpisodicConfig:
             if getattr(self, name) == 0:
                 raise ValueError(f"{name}=0 was given, but {name} must be more than 0")
         if self.min_strength >= 1:
-            raise ValueError(f"min_strength={self.min_strength} was given, but no slot would ever be read; it must be below 1")
+            raise ValueError(
+                f"min_strength={self.min_strength} was given, but no slot would ever be read; it must be below 1"
+            )
         if self.buffer_slots < self.segment_length:
             raise ValueError(
-                f"buffer_slots={self.buffer_slots} is less than segment_length={self.segment_length}: a segment of novel "
-                "tokens must fit into the buffer; raise buffer_slots or lower segment_length"
+                f"buffer_slots={self.buffer_slots} is less than segment_length={self.segment_length}: a segment of "
+                "novel tokens must fit into the buffer; raise buffer_slots or lower segment_length"
             )
         if self.contrastive_weight and self.contrastive_similarity >= self.consolidation_similarity:
             raise ValueError(
@@ -119,8 +122,8 @@ class EpisodicConfig:
             )
         if self.surprise == "nll" and self.read_scope == "committed_segments":
             raise ValueError(
-                "surprise='nll' is known only after the whole forward pass, too late for read_scope='committed_segments', "
-                "which writes inside it; use surprise='predictor'"
+                "surprise='nll' is known only after the whole forward pass, too late for "
+                "read_scope='committed_segments', which writes inside it; use surprise='predictor'"
             )
         if self.init == "base_attention" and self.num_heads is not None:
             raise ValueError(
@@ -130,7 +133,9 @@ class EpisodicConfig:
         if self.rank is not None and (not isinstance(self.rank, int) or self.rank < 1):
             raise ValueError(f"rank={self.rank!r} was given, but rank must be a whole number of at least 1, or None")
         if self.num_heads is not None and (not isinstance(self.num_heads, int) or self.num_heads < 1):
-            raise ValueError(f"num_heads={self.num_heads!r} was given, but num_heads must be a whole number of at least 1")
+            raise ValueError(
+                f"num_heads={self.num_heads!r} was given, but num_heads must be a whole number of at least 1"
+            )
 
     @classmethod
     def of(cls, config: "EpisodicConfig") -> "EpisodicConfig":

@@ -26,17 +26,24 @@ class MemoryCache(DynamicCache):
     Args:
         config: The model's config, from which the attention layers are made.
         memory_layers: The memory layers, appended after those.
-        model_fingerprint: What tells this model and its adapters from others (see `fingerprint`); saved with the memory.
+        model_fingerprint: What tells this model and its adapters from others (see `fingerprint`); saved with the
+            memory.
     """
 
+    layers: list[Any]  # transformers' own, which have no type in common, and ours
+
     def __init__(
-        self, config: PreTrainedConfig, memory_layers: list[MemoryLayer], model_fingerprint: dict[str, Any] | None = None
+        self,
+        config: PreTrainedConfig,
+        memory_layers: list[MemoryLayer],
+        model_fingerprint: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(config=config)
         self.model_fingerprint = model_fingerprint or {}
         self.parent: str | None = None
         self.is_recording = False
-        # The context's last tokens: ids, and where surprise needs them the model's last hidden states and which are real.
+        # The context's last tokens: ids, and where surprise needs them the model's last hidden states and which of
+        # them are real.
         self.recent_ids: Tensor | None = None  # [B, R]
         self.recent_hidden: Tensor | None = None  # [B, R, D]
         self.recent_real: Tensor | None = None  # [B, R]
@@ -117,7 +124,9 @@ class MemoryCache(DynamicCache):
             ValueError: when the memory no longer holds what it needs to go back that far.
         """
         if not isinstance(last, int) or last < 0:
-            raise ValueError(f"forget(last={last!r}) was called, but last must be a whole number of tokens of at least 0")
+            raise ValueError(
+                f"forget(last={last!r}) was called, but last must be a whole number of tokens of at least 0"
+            )
         self.crop(-last)
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -166,8 +175,8 @@ class MemoryCache(DynamicCache):
         """Become what a `snapshot()` of this cache holds; the snapshot stays usable."""
         if len(snapshot.layers) != len(self.layers):
             raise ValueError(
-                f"The snapshot has {len(snapshot.layers)} layers, this cache {len(self.layers)}: restore takes a snapshot() "
-                "of the same cache"
+                f"The snapshot has {len(snapshot.layers)} layers, this cache {len(self.layers)}: restore takes a "
+                "snapshot() of the same cache"
             )
         self.__dict__.update(snapshot.snapshot().__dict__)
 
@@ -255,9 +264,9 @@ class MemoryCache(DynamicCache):
 
     def summary(self) -> str:
         """How full the memory is, layer by layer, for a person."""
-        head = f"{self.nbytes:,} bytes in {len(self.memory_layers)} layers, tokens seen per row: {self.tokens_seen.tolist()}"
-        lines = [head]
-        for layer in self.memory_layers:
+        layers, seen = self.memory_layers, self.tokens_seen.tolist()
+        lines = [f"{self.nbytes:,} bytes in {len(layers)} layers, tokens seen per row: {seen}"]
+        for layer in layers:
             numbers = ", ".join(f"{name} {value:.3g}" for name, value in layer.summary().items())
             lines.append(f"  layer {layer.layer_idx} ({layer.adapter_name}): {numbers or 'empty'}")
         return "\n".join(lines)
@@ -294,16 +303,16 @@ class MemoryCache(DynamicCache):
         expected = {(layer.adapter_name, layer.layer_idx): layer for layer in self.memory_layers}
         if parts and parts.keys() != expected.keys():
             raise ValueError(
-                f"The memory is of layers {sorted(parts)}, but this model's memory layers are {sorted(expected)}: it was made "
-                "with another adapter"
+                f"The memory is of layers {sorted(parts)}, but this model's memory layers are {sorted(expected)}: it "
+                "was made with another adapter"
             )
-        for key, layer in expected.items():
-            layer.check_state_dict(parts.get(key, {}))
+        for place, memory_layer in expected.items():
+            memory_layer.check_state_dict(parts.get(place, {}))
         counts = {part["tokens"].shape[0] for part in parts.values() if "tokens" in part}
         if len(counts) > 1:
             raise ValueError(f"The memory's layers hold different numbers of rows: {sorted(counts)}")
-        for key, layer in expected.items():
-            layer.load_state_dict(parts.get(key, {}))
+        for place, memory_layer in expected.items():
+            memory_layer.load_state_dict(parts.get(place, {}))
         for layer in self.layers:
             if not isinstance(layer, MemoryLayer):
                 layer.reset()
@@ -315,21 +324,32 @@ class MemoryCache(DynamicCache):
         An open conversation is saved as if it ended now; it goes on undisturbed.
 
         Args:
-            push_to_hub: Also upload it; `kwargs` then go to `push_to_hub`, with `repo_id` defaulting to the folder's name.
+            push_to_hub: Also upload it; `kwargs` then go to `push_to_hub`, with `repo_id` defaulting to the folder's
+                name.
         """
         file.save(self.state_dict(), self.description(), Path(save_directory))
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
 
     def push_to_hub(
-        self, repo_id: str, *, private: bool | None = None, token: str | bool | None = None, revision: str | None = None,
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
         commit_message: str = "Upload memory",
-    ) -> str:  # fmt: skip
+    ) -> str:
         """Upload the memory as a repository of its own on the Hub; returns the commit's address."""
         return file.push(
-            self.state_dict(), self.description(), repo_id, private=private, token=token, revision=revision,
+            self.state_dict(),
+            self.description(),
+            repo_id,
+            private=private,
+            token=token,
+            revision=revision,
             commit_message=commit_message,
-        )  # fmt: skip
+        )
 
     @classmethod
     def from_pretrained(
@@ -369,12 +389,12 @@ class MemoryCache(DynamicCache):
 
 
 def copy_layer(layer: Any) -> Any:
-    """A cache layer that goes its own way from here; only static layers are changed in place, so only they are cloned."""
+    """A cache layer that goes its own way from here; only static layers are changed in place, and so are cloned."""
     if isinstance(layer, MemoryLayer):
         return layer.copy()
     other = copy.copy(layer)
     if isinstance(layer, StaticLayer) and layer.is_initialized:
-        other.keys, other.values = layer.keys.clone(), layer.values.clone()
+        other.keys, other.values = other.keys.clone(), other.values.clone()
     return other
 
 

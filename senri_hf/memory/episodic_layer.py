@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,7 +33,10 @@ class Tokens(RowState):
     def at(self, index: Tensor) -> "Tokens":
         """Row by row, the columns index [B, K]."""
         return Tokens(
-            take(self.hidden, index), self.surprise.gather(1, index), take(self.access, index), self.real.gather(1, index)
+            take(self.hidden, index),
+            self.surprise.gather(1, index),
+            take(self.access, index),
+            self.real.gather(1, index),
         )
 
     @classmethod
@@ -51,7 +54,7 @@ class Progress:
         committed: The memory that is read; `blank` says that nothing was ever committed to it.
         staged: The memory that is written.
         open: Tokens of the open segment, in the chunks in which they came.
-        previous: [B, D] the last token written before those, zero where there is none.
+        previous: [B, D] the last token so far, zero where there is none.
         open_bound: Upper bound of the open segment's length in any row, known without asking the device.
     """
 
@@ -75,7 +78,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Journal:
-    """Two earlier points and the columns that came after each: the last tokens are taken back by replaying without them.
+    """Two earlier points and the columns that came after each: last tokens are taken back by replaying without them.
 
     The older point lies at least `ROLLBACK_TOKENS` columns back, or at the start of the conversation.
     """
@@ -91,8 +94,8 @@ class EpisodicLayer(MemoryLayer):
     """Episodic memory of one decoder layer, for the rows of a batch.
 
     Tokens wait until their segment is complete and are then staged; what is staged is committed, that is read, from
-    the next `clear_context()` on (with `read_scope="committed_segments"` at once). A segment is counted per row and over
-    real tokens only: neither the pieces in which text arrives, nor padding, nor other rows change the memory.
+    the next `clear_context()` on (with `read_scope="committed_segments"` at once). A segment is counted per row and
+    over real tokens only: neither the pieces in which text arrives, nor padding, nor other rows change the memory.
     """
 
     _layer_type = "episodic_memory"
@@ -119,11 +122,7 @@ class EpisodicLayer(MemoryLayer):
 
     def previous(self, hidden: Tensor) -> Tensor:
         """The last written token of this conversation for the rows of hidden [B, T, D]: [B, D], zero at its start."""
-        now = self._begin(hidden)
-        if not now.open:
-            return now.previous
-        tokens = Tokens.join(now.open)
-        return last_real(tokens.hidden, tokens.real, now.previous)
+        return self._begin(hidden).previous
 
     def blocks(self, real: Tensor) -> list[tuple[int, int]]:
         """Split the next columns, real [B, T], where a segment of some row is complete, as (start, stop) pairs."""
@@ -157,8 +156,9 @@ class EpisodicLayer(MemoryLayer):
         held = sum(chunk.columns for chunk in chunks)
         if tokens > held:
             raise ValueError(
-                f"{tokens} tokens are to be taken back, but only the last {held} can be: memory keeps what it needs for "
-                f"{ROLLBACK_TOKENS} tokens of the open conversation. Take a memory.snapshot() before, and restore it"
+                f"{tokens} tokens are to be taken back, but only the last {held} can be: memory keeps what it "
+                f"needs for {ROLLBACK_TOKENS} tokens of the open conversation. Take a memory.snapshot() before, and "
+                "restore it"
             )
         assert self.journal is not None
         kept = Tokens.join(chunks).slice(0, held - tokens)
@@ -222,7 +222,8 @@ class EpisodicLayer(MemoryLayer):
         return layer
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {} if self.now is None else self._closed(self.now).detach().tensors()
+        state = None if self.now is None else self._closed(self.now).detach()
+        return state.tensors() if state is not None and bool(state.tokens.any()) else {}
 
     def check_state_dict(self, tensors: dict[str, Tensor]) -> None:
         if not tensors:
@@ -270,7 +271,9 @@ class EpisodicLayer(MemoryLayer):
             "store slots used": stored.float().mean().item() if self.config.store_slots else 0.0,
             "mean strength": ((state.strength * live).sum() / count).item(),
             "mean surprise kept": ((state.surprise * stored).sum() / stored.sum().clamp_min(1)).item(),
-            "oldest kept, in conversations": float((state.store_age * stored).max()) if self.config.store_slots else 0.0,
+            "oldest kept, in conversations": float((state.store_age * stored).max())
+            if self.config.store_slots
+            else 0.0,
         }
 
     def _begin(self, hidden: Tensor) -> Progress:
@@ -282,6 +285,7 @@ class EpisodicLayer(MemoryLayer):
 
     def _absorb(self, now: Progress, tokens: Tokens) -> Progress:
         """`now` after `tokens`."""
+        now = replace(now, previous=last_real(tokens.hidden, tokens.real, now.previous))
         chunks, bound = (*now.open, tokens), now.open_bound + tokens.columns
         if bound < self.config.segment_length:
             return replace(now, open=chunks, open_bound=bound)
@@ -297,7 +301,6 @@ class EpisodicLayer(MemoryLayer):
         tokens = tokens.at((~tokens.real).long().argsort(dim=1, stable=True)[:, :longest])  # padding last
         if longest < length and not final:
             return replace(now, open=(tokens,), open_bound=longest)
-        previous = last_real(tokens.hidden, tokens.real, now.previous)
         complete = count if final else count // length * length  # tokens to stage, per row
         staged = now.staged
         for start in range(0, longest if final else longest // length * length, length):
@@ -310,7 +313,7 @@ class EpisodicLayer(MemoryLayer):
         index = torch.arange(min(length - 1, longest), device=device)
         rest = tokens.at((complete[:, None] + index).clamp_max(max(longest - 1, 0)))
         rest = replace(rest, real=index < left[:, None])
-        now = replace(now, staged=staged, open=(rest,), open_bound=rest.columns, previous=previous)
+        now = replace(now, staged=staged, open=(rest,), open_bound=rest.columns)
         if self.config.read_scope == "committed_segments":
             self.projected = None
             now = replace(now, committed=staged, blank=False)
@@ -325,6 +328,8 @@ class EpisodicLayer(MemoryLayer):
 
 def last_real(hidden: Tensor, real: Tensor, before: Tensor) -> Tensor:
     """The last real column of hidden [B, T, D] per row, `before` [B, D] where there is none."""
+    if real.shape[1] == 1:
+        return torch.where(real, hidden[:, 0], before.to(hidden.dtype))
     # With the column of `before`, so that a row of no columns has one too.
     known = torch.nn.functional.pad(real, (1, 0), value=True)
     index = torch.where(known, torch.arange(known.shape[1], device=real.device), 0).amax(1)

@@ -65,13 +65,13 @@ class MemoryView:
 class EpisodicReader(nn.Module):
     """Multi-head cross-attention from a layer's tokens to the memory's slots, and the surprise of those tokens.
 
-    Slots hold the layer's input divided by its RMS; norm and projections are applied when they are read, so that each of
-    them learns. The score of a slot is that of its own key, plus the evidence that the conversation in which it was written is
-    the one that is asked about: the log of the summed exponential of topic scores over that conversation's slots. (A
-    causal model's state of "Tom" in "Tom is my brother" knows nothing of a brother; the conversation does.)
+    Slots hold the layer's input divided by its RMS; norm and projections are applied when they are read, so that each
+    of them learns. The score of a slot is that of its own key, plus the evidence that the conversation in which it was
+    written is the one that is asked about: the log of the summed exponential of topic scores over that conversation's
+    slots. (A causal model's state of "Tom" in "Tom is my brother" knows nothing of a brother; the conversation does.)
 
-    Beside the slots every head sees a null slot of value zero with a learned key and score: a token for which memory holds
-    nothing reads nothing. What is read goes through a tanh gate per head, which starts at zero with
+    Beside the slots every head sees a null slot of value zero with a learned key and score: a token for which memory
+    holds nothing reads nothing. What is read goes through a tanh gate per head, which starts at zero with
     `init="base_attention"`, and the output projection.
     """
 
@@ -102,10 +102,9 @@ class EpisodicReader(nn.Module):
         hidden_size = attention.q.shape[1]
         self.predictor: nn.Module | None = None
         if config.surprise == "predictor":
-            self.predictor = nn.Sequential(
-                nn.Linear(hidden_size, config.predictor_rank), nn.SiLU(), nn.Linear(config.predictor_rank, hidden_size)
-            )
-            nn.init.zeros_(self.predictor[2].weight)
+            down, up = nn.Linear(hidden_size, config.predictor_rank), nn.Linear(config.predictor_rank, hidden_size)
+            nn.init.zeros_(up.weight)
+            self.predictor = nn.Sequential(down, nn.SiLU(), up)
 
     def encode(self, hidden: Tensor) -> Tensor:
         """What is stored of a layer's input [B, T, D]: the input divided by its RMS, in float32."""
@@ -155,7 +154,9 @@ class EpisodicReader(nn.Module):
         query = query.reshape(batch, self.num_key_value_heads, groups * length, -1)
         score = (query @ view.keys.transpose(2, 3)).view(batch, self.num_heads, length, -1)
         score = score.float() * self.scale + view.bias[:, :, None]
-        topic = self.topic_score(encoded, view)[:, :, None] * self.topic_scale.view(1, self.num_key_value_heads, -1, 1, 1)
+        topic = self.topic_score(encoded, view)[:, :, None] * self.topic_scale.view(
+            1, self.num_key_value_heads, -1, 1, 1
+        )
         score = score + topic.flatten(1, 2)
         null = (query @ self.null_key[..., None]).float().view(batch, self.num_heads, length, 1) * self.scale
         null = null + self.null_score.float()[:, None, None]
@@ -177,7 +178,10 @@ class EpisodicReader(nn.Module):
         return evidence @ view.conversation[:, None]
 
     def view_of(self, layer: EpisodicLayer) -> MemoryView | None:
-        """The committed memory of a cache layer, None for a blank one; kept while no gradient needs it and weights stay."""
+        """The committed memory of a cache layer, None for a blank one.
+
+        It is kept for the next read while no gradient needs it and weights stay.
+        """
         memory = layer.readable
         if memory is None:
             return None
@@ -200,10 +204,14 @@ class EpisodicReader(nn.Module):
 
 
 class LowRankLinear(nn.Module):
-    """A frozen projection and a trained low-rank change of it: y = (W + scale B A) x + b  (LoRA, Hu et al. 2021, eq. 3).
+    """A frozen projection and a trained low-rank change of it: y = (W + scale B A) x + b.
 
-    W and b are copies of the base model's that no checkpoint holds: they come with the base model.
+    See LoRA, Hu et al. 2021, eq. 3. W and b are copies of the base model's that no checkpoint holds: they come with the
+    base model.
     """
+
+    base_weight: Tensor
+    base_bias: Tensor | None
 
     def __init__(self, weight: Tensor, bias: Tensor | None, rank: int) -> None:
         super().__init__()

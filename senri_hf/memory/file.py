@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 import uuid
@@ -51,9 +50,11 @@ def save(tensors: dict[str, Tensor], description: dict[str, Any], folder: Path) 
         (scratch / "README.md").write_text(card(description), encoding="utf-8")
         folder.mkdir(exist_ok=True)
         for name in (WEIGHTS, DESCRIPTION, "README.md"):
-            os.replace(scratch / name, folder / name)
+            (scratch / name).replace(folder / name)
     except SafetensorError as error:
-        raise OSError(f"The memory could not be written to {folder}: {error}. What was there before is as it was") from error
+        raise OSError(
+            f"The memory could not be written to {folder}: {error}. What was there before is as it was"
+        ) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -73,10 +74,16 @@ def load(name_or_path: str | Path, **hub_kwargs: Any) -> tuple[dict[str, Tensor]
             metadata = reader.metadata() or {}
             tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or no safetensors file ({error}). Use an earlier copy of the memory") from error
+        raise ValueError(
+            f"{path} is damaged or no safetensors file ({error}). Use an earlier copy of the memory"
+        ) from error
     if "senri_hf" not in metadata:
-        raise ValueError(f"{path} is no memory: its header does not describe one. Expected what memory.save_pretrained wrote")
-    damaged = ValueError(f"{path} is damaged: its contents do not match their checksum. Use an earlier copy of the memory")
+        raise ValueError(
+            f"{path} is no memory: its header does not describe one. Expected what memory.save_pretrained wrote"
+        )
+    damaged = ValueError(
+        f"{path} is damaged: its contents do not match their checksum. Use an earlier copy of the memory"
+    )
     try:
         description = json.loads(metadata["senri_hf"])
     except ValueError as error:
@@ -108,8 +115,8 @@ def locate(name_or_path: str | Path, **hub_kwargs: Any) -> Path:
         return Path(hf_hub_download(str(name_or_path), WEIGHTS, **hub_kwargs))
     except Exception as error:
         raise OSError(
-            f"There is no memory at {name_or_path!r}: it is no folder here, and the Hub gave none ({error}). Expected a folder "
-            "that memory.save_pretrained wrote, or the name of such a repository"
+            f"There is no memory at {name_or_path!r}: it is no folder here, and the Hub gave none ({error}). Expected "
+            "a folder that memory.save_pretrained wrote, or the name of such a repository"
         ) from error
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from .owner import owners
 
@@ -14,13 +15,13 @@ SAMPLED_VALUES = 8
 TOLERANCE = 0.02
 
 
-def fingerprint(model: nn.Module) -> dict[str, Any]:
+def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
     """Architecture, sizes and sampled weights of a model, and those of the memory it holds.
 
     Samples are compared with a tolerance (`difference`), so that a model in another dtype, on another device, or with
     quantized layers is still the same model.
     """
-    config = model.config.get_text_config(decoder=True)
+    config: Any = model.config.get_text_config(decoder=True)
     ours = {id(p) for owner in owners(model) for p in owner.parameters()}  # type: ignore[attr-defined]
     adapters = {name for name in getattr(model, "peft_config", {})}
     base, memory = {}, {}

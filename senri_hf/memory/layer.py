@@ -119,7 +119,9 @@ class MemoryLayer(DummyLayer):
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last `-tokens_to_remove` tokens, as `Cache.crop` counts them."""
         if tokens_to_remove > 0:
-            raise ValueError(f"crop({tokens_to_remove}) was called, but tokens to remove are counted as a negative number")
+            raise ValueError(
+                f"crop({tokens_to_remove}) was called, but tokens to remove are counted as a negative number"
+            )
         if tokens_to_remove:
             self.rollback(-tokens_to_remove)
 
@@ -128,6 +130,6 @@ class MemoryLayer(DummyLayer):
         if self.rows is not None and self.rows != batch_size:
             raise ValueError(
                 f"The memory holds {self.rows} row(s), but the batch has {batch_size}. Use memory.fork(n) for n "
-                "continuations of every row (beams, num_return_sequences), memory.select_rows(indices) to pick rows, or "
-                "a new MemoryCache.for_model(model)"
+                "continuations of every row (beams, num_return_sequences), memory.select_rows(indices) to pick rows, "
+                "or a new MemoryCache.for_model(model)"
             )

@@ -49,16 +49,18 @@ def where_rows(condition: Tensor, new: RowState, old: RowState) -> RowState:
 
 
 def check_tensors(tensors: dict[str, Tensor], expected: dict[str, Tensor], where: str) -> None:
-    """ValueError naming the first of `tensors` that has not the name, shape or dtype of `expected`, or is not finite."""
+    """ValueError naming the first of `tensors` that is not finite or has not `expected`'s name, shape or dtype."""
     if tensors.keys() != expected.keys():
         missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
-        raise ValueError(f"The memory of {where} does not fit: missing {missing or 'nothing'}, unknown {unknown or 'nothing'}")
+        raise ValueError(
+            f"The memory of {where} does not fit: missing {missing or 'nothing'}, unknown {unknown or 'nothing'}"
+        )
     for name, tensor in tensors.items():
         wanted = expected[name]
         if tensor.shape != wanted.shape or tensor.dtype != wanted.dtype:
             raise ValueError(
-                f"The memory of {where} does not fit: {name} is {tensor.dtype} {list(tensor.shape)}, but this model's is "
-                f"{wanted.dtype} {list(wanted.shape)}. It was made with other settings or by another model"
+                f"The memory of {where} does not fit: {name} is {tensor.dtype} {list(tensor.shape)}, but this model's "
+                f"is {wanted.dtype} {list(wanted.shape)}. It was made with other settings or by another model"
             )
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise ValueError(f"The memory of {where} is damaged: {name} holds NaN or infinity. Use an earlier copy")

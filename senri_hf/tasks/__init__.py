@@ -12,6 +12,7 @@ from .recall import (
     values,
 )
 
+
 __all__ = [
     "Episode",
     "Question",

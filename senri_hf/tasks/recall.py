@@ -17,6 +17,7 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
+
 Message = dict[str, Any]
 Conversation = list[Message]
 
@@ -104,8 +105,9 @@ def _relations(relations: str) -> list[dict[str, Any]]:
         return [relation for relation in every if relation["split"] == relations]
     chosen = [relation for relation in every if relation["key"] == relations]
     if not chosen:
-        raise ValueError(f"relations must be 'train', 'held_out' or the key of a relation such as 'name', "
-                         f"not {relations!r}")
+        raise ValueError(
+            f"relations must be 'train', 'held_out' or the key of a relation such as 'name', not {relations!r}"
+        )
     return chosen
 
 
@@ -154,8 +156,9 @@ def _overlap(first: str, second: str) -> bool:
     return _contains(first, second) or _contains(second, first)
 
 
-def _draw_value(rng: random.Random, relation: dict[str, Any], split: str, used: list[str],
-                texts: list[str]) -> str | None:
+def _draw_value(
+    rng: random.Random, relation: dict[str, Any], split: str, used: list[str], texts: list[str]
+) -> str | None:
     """A value that overlaps with no used value and with none of the texts, or None where there is none."""
     pool = load_data()["values"][relation["category"]][split]
     for value in rng.sample(pool, len(pool)):
@@ -170,8 +173,16 @@ def _fixed_words(relation: dict[str, Any]) -> list[str]:
     return [_normal(template.replace("{v}", " ")) for template in relation["answers"]]
 
 
-def _build(rng: random.Random, pool: list[dict[str, Any]], split: str, facts: int, facts_per_conversation: int,
-           distractors: int, correction: bool, questions: int) -> Episode:
+def _build(
+    rng: random.Random,
+    pool: list[dict[str, Any]],
+    split: str,
+    facts: int,
+    facts_per_conversation: int,
+    distractors: int,
+    correction: bool,
+    questions: int,
+) -> Episode:
     for _ in range(1000):
         told = rng.sample(pool, facts)
         texts = [text for relation in told for text in _fixed_words(relation)]
@@ -189,11 +200,14 @@ def _build(rng: random.Random, pool: list[dict[str, Any]], split: str, facts: in
             continue
         break
     else:
-        raise ValueError(f"facts={facts!r} does not leave enough different values in split {split!r} for these "
-                         f"relations; tell fewer facts")
+        raise ValueError(
+            f"facts={facts!r} does not leave enough different values in split {split!r} for these "
+            f"relations; tell fewer facts"
+        )
 
     acknowledgements = load_data()["acknowledgements"]
-    statements = [fill(rng.choice(relation["statements"][split]), value) for relation, value in zip(told, used)]
+    pairs = zip(told, used, strict=True)
+    statements = [fill(rng.choice(relation["statements"][split]), value) for relation, value in pairs]
     conversations = []
     for start in range(0, facts, facts_per_conversation):
         conversation: Conversation = []
@@ -213,18 +227,27 @@ def _build(rng: random.Random, pool: list[dict[str, Any]], split: str, facts: in
     asking = []
     for index in asked:
         relation, answer = told[index], current[index]
-        asking.append(Question(
-            messages=[{"role": "user", "content": rng.choice(relation["questions"][split])}],
-            reply=fill(rng.choice(relation["answers"]), answer),
-            relation=relation["key"],
-            answer=answer,
-            wrong=tuple(value for value in dict.fromkeys([*used, *current]) if value != answer),
-        ))
+        asking.append(
+            Question(
+                messages=[{"role": "user", "content": rng.choice(relation["questions"][split])}],
+                reply=fill(rng.choice(relation["answers"]), answer),
+                relation=relation["key"],
+                answer=answer,
+                wrong=tuple(value for value in dict.fromkeys([*used, *current]) if value != answer),
+            )
+        )
     return Episode(told=conversations, questions=asking)
 
 
-def _check(pool: list[dict[str, Any]], relations: str, split: str, facts: int, facts_per_conversation: int,
-           distractors: int, questions: int) -> None:
+def _check(
+    pool: list[dict[str, Any]],
+    relations: str,
+    split: str,
+    facts: int,
+    facts_per_conversation: int,
+    distractors: int,
+    questions: int,
+) -> None:
     _check_count("facts", facts, 1)
     if facts > len(pool):
         raise ValueError(f"facts must be at most {len(pool)}, the number of relations in {relations!r}, not {facts!r}")
@@ -233,9 +256,18 @@ def _check(pool: list[dict[str, Any]], relations: str, split: str, facts: int, f
     _check_count("questions", questions, 1, facts)
 
 
-def recall_episodes(num_episodes: int, *, split: str = "train", relations: str = "train", facts: int = 1,
-                    facts_per_conversation: int = 1, distractors: int = 0, correction: bool = False,
-                    questions: int = 1, seed: int = 0) -> list[Episode]:
+def recall_episodes(
+    num_episodes: int,
+    *,
+    split: str = "train",
+    relations: str = "train",
+    facts: int = 1,
+    facts_per_conversation: int = 1,
+    distractors: int = 0,
+    correction: bool = False,
+    questions: int = 1,
+    seed: int = 0,
+) -> list[Episode]:
     """Episodes of one kind, the same for the same arguments.
 
     ``split`` ("train", "validation") chooses the values and phrasings; ``relations`` is "train", "held_out" or the
@@ -249,16 +281,18 @@ def recall_episodes(num_episodes: int, *, split: str = "train", relations: str =
     pool = _relations(relations)
     _check(pool, relations, split, facts, facts_per_conversation, distractors, questions)
     rng = random.Random(seed)
-    return [_build(rng, pool, split, facts, facts_per_conversation, distractors, bool(correction), questions)
-            for _ in range(num_episodes)]
+    return [
+        _build(rng, pool, split, facts, facts_per_conversation, distractors, bool(correction), questions)
+        for _ in range(num_episodes)
+    ]
 
 
 def training_mixture(seed: int = 0) -> Iterator[Episode]:
     """Endless varied training episodes, the same for the same seed.
 
     Mostly one to four facts, sometimes up to ten, sometimes several in a conversation; a quarter with a correction,
-    four in ten with one, two, three or eight distractors, about a quarter with the user's name among the facts; one to three
-    questions.
+    four in ten with one, two, three or eight distractors, about a quarter with the user's name among the facts; one to
+    three questions.
     """
     rng = random.Random(seed)
     pool = [relation for relation in _relations("train") if relation["key"] != NAME_RELATION]
@@ -272,8 +306,9 @@ def training_mixture(seed: int = 0) -> Iterator[Episode]:
             continue
         together = rng.randint(2, facts) if facts > 1 and rng.random() < 0.3 else 1
         distractors = rng.choice((1, 2, 3, 8)) if rng.random() < 0.4 else 0
-        yield _build(rng, chosen, "train", facts, together, distractors, rng.random() < 0.25,
-                     rng.randint(1, min(3, facts)))
+        yield _build(
+            rng, chosen, "train", facts, together, distractors, rng.random() < 0.25, rng.randint(1, min(3, facts))
+        )
 
 
 def _room(relations: list[dict[str, Any]]) -> bool:

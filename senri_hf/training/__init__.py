@@ -2,8 +2,8 @@
 
 from .arguments import MemoryTrainingArguments
 from .collator import EpisodeCollator
-from .evaluation import ask, tell
 from .episodes import encode_conversation
+from .evaluation import ask, tell
 from .trainer import MemoryTrainer
 
 

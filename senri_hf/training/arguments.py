@@ -10,19 +10,21 @@ class MemoryTrainingArguments(TrainingArguments):
     """`TrainingArguments` with what memory needs.
 
     Args:
-        detach_every: Conversations through which a loss is followed back into what was written: with 1 memory is data to
-            every conversation, with n an answer also teaches how the n - 1 conversations before were read while they
-            were written.
+        detach_every: Conversations through which a loss is followed back into what was written: with 1 memory is data
+            to every conversation, with n an answer also teaches how the n - 1 conversations before were read while
+            they were written.
         gate_learning_rate_multiplier: Learning rate of gates and other scalars per head, as a multiple of the others'.
         predictor_loss_weight: Weight of the surprise predictor's own loss; 0 leaves the predictor as it is.
-        reuse_told_states: Read conversations without a label as if memory were blank, compute what they leave in memory once
-            and reuse it whenever the same text is told again. Several epochs over long episodes then cost little more than
-            their questions; what is given up is that memory also shaped how later conversations were read.
+        reuse_told_states: Read conversations without a label as if memory were blank, compute what they leave in memory
+            once and reuse it whenever the same text is told again. Several epochs over long episodes then cost little
+            more than their questions; what is given up is that memory also shaped how later conversations were read.
         keep_loss_weight: Weight of the divergence from the base model where a conversation is marked `keep`.
     """
 
     detach_every: int = field(default=1, metadata={"help": "Conversations between cuts of the gradient."})
-    gate_learning_rate_multiplier: float = field(default=30.0, metadata={"help": "Gates' multiple of the learning rate."})
+    gate_learning_rate_multiplier: float = field(
+        default=30.0, metadata={"help": "Gates' multiple of the learning rate."}
+    )
     predictor_loss_weight: float = field(default=1.0, metadata={"help": "Weight of the surprise predictor's loss."})
     reuse_told_states: bool = field(default=False, metadata={"help": "Read told conversations once, without memory."})
     keep_loss_weight: float = field(default=1.0, metadata={"help": "Weight of staying as the base model is."})
@@ -35,8 +37,8 @@ class MemoryTrainingArguments(TrainingArguments):
             raise ValueError(f"detach_every={self.detach_every} was given, but it must be a whole number of at least 1")
         if self.reuse_told_states and self.detach_every > 1:
             raise ValueError(
-                f"reuse_told_states was given with detach_every={self.detach_every}, but no gradient leads into states that are "
-                "reused; use one of the two"
+                f"reuse_told_states was given with detach_every={self.detach_every}, but no gradient leads into states "
+                "that are reused; use one of the two"
             )
         for name in ("gate_learning_rate_multiplier", "predictor_loss_weight", "keep_loss_weight"):
             if getattr(self, name) < 0:

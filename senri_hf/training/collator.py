@@ -15,8 +15,8 @@ class EpisodeCollator:
     """Makes a batch of episodes, each `{"conversations": [...]}`.
 
     A conversation is a list of chat messages, or `{"input_ids": [...], "labels": [...]}` made by `encode_conversation`.
-    Episodes of a batch may have different numbers of conversations: the last ones stand side by side, and a row that has
-    none yet is all padding, which memory passes by.
+    Episodes of a batch may have different numbers of conversations: the last ones stand side by side, and a row that
+    has none yet is all padding, which memory passes by.
 
     Args:
         padding_side: `"right"` or `"left"`.
@@ -35,7 +35,9 @@ class EpisodeCollator:
         if self.padding_side not in ("left", "right"):
             raise ValueError(f"padding_side={self.padding_side!r} was given, but it must be 'left' or 'right'")
         if self.tokenizer.pad_token_id is None:
-            raise ValueError("The tokenizer has no padding token; set tokenizer.pad_token, for example to its eos_token")
+            raise ValueError(
+                "The tokenizer has no padding token; set tokenizer.pad_token, for example to its eos_token"
+            )
 
     def __call__(self, episodes: list[dict[str, Any]]) -> dict[str, Any]:
         rows = [[self.encode(conversation) for conversation in episode["conversations"]] for episode in episodes]

@@ -1,6 +1,6 @@
 """Episodes as tokens: conversations of one person in order, and the words in them that are to be learned."""
 
-from typing import Any
+from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -14,8 +14,8 @@ def encode_conversation(
     """A conversation through the model's own chat template.
 
     Args:
-        messages: Chat messages with `role` and `content`. `"train": True` marks an answer to be learned, `"keep": True` one
-            at which the model is to stay as it is without memory.
+        messages: Chat messages with `role` and `content`. `"train": True` marks an answer to be learned, `"keep": True`
+            one at which the model is to stay as it is without memory.
         max_length: Tokens to keep, the last ones.
 
     Returns:
@@ -27,8 +27,8 @@ def encode_conversation(
     """
     if tokenizer.chat_template is None:
         raise ValueError(
-            "The tokenizer has no chat template, so conversations cannot be written as text. Set tokenizer.chat_template, or load "
-            "the model with senri_hf.load_base"
+            "The tokenizer has no chat template, so conversations cannot be written as text. Set "
+            "tokenizer.chat_template, or load the model with senri_hf.load_base"
         )
     plain = [{"role": message["role"], "content": message["content"]} for message in messages]
     text = tokenizer.apply_chat_template(plain, tokenize=False)
@@ -39,9 +39,12 @@ def encode_conversation(
         if not message.get("train") and not message.get("keep"):
             continue
         if message["role"] != "assistant":
-            raise ValueError(f"A message of role {message['role']!r} is marked to be learned; only the assistant's can be")
+            raise ValueError(
+                f"A message of role {message['role']!r} is marked to be learned; only the assistant's can be"
+            )
         start = len(tokenizer.apply_chat_template(plain[:index], tokenize=False, add_generation_prompt=True))
-        stop = len(tokenizer.apply_chat_template(plain[: index + 1], tokenize=False).rstrip())
+        upto = cast(str, tokenizer.apply_chat_template(plain[: index + 1], tokenize=False))
+        stop = len(upto.rstrip())
         for position, (first, last) in enumerate(offsets):
             if start <= first < stop and last > first:
                 if message.get("train"):

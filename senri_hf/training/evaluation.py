@@ -55,5 +55,6 @@ def ask(
     finally:
         tokenizer.padding_side = side
     cache = None if memory is None else memory.snapshot()
-    output = model.generate(**inputs, past_key_values=cache, max_new_tokens=max_new_tokens, do_sample=False)
+    generator: Any = model
+    output = generator.generate(**inputs, past_key_values=cache, max_new_tokens=max_new_tokens, do_sample=False)
     return tokenizer.batch_decode(output[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)

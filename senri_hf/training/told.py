@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
 
 from ..adapters.decoder import find_decoder
 from ..adapters.hooks import write_predicted
@@ -25,7 +26,7 @@ class ToldStates:
         ValueError: when a memory's surprise is the model's own (`surprise="nll"`), which is not kept.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         self.decoder = find_decoder(model)  # the LM head is not needed
         self.layers = {
             adapter: layer

@@ -1,10 +1,10 @@
 """Training of memory on episodes."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalPrediction
 
 from ..memory import MemoryCache
@@ -32,20 +32,20 @@ class MemoryTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = False
         self.label_names = []
-        self.told = ToldStates(self.model) if self.args.reuse_told_states else None
+        self.told = ToldStates(cast(PreTrainedModel, self.model)) if self.args.reuse_told_states else None
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer of `args`, with gates and other scalars per head at their own rate and without weight decay."""
         if self.optimizer is None:
-            model = self.model if model is None else model
-            decayed = set(self.get_decay_parameter_names(model))
+            trained = cast(PreTrainedModel, self.model if model is None else model)
+            decayed = set(self.get_decay_parameter_names(trained))
             groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-            for name, parameter in model.named_parameters():
+            for name, parameter in trained.named_parameters():
                 if parameter.requires_grad:
                     scalar = name.endswith(SCALARS)
                     groups.setdefault((scalar, name in decayed and not scalar), []).append(parameter)
             rate, faster = self.args.learning_rate, self.args.gate_learning_rate_multiplier
-            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, trained)
             self.optimizer = optimizer_class(
                 [
                     {
@@ -91,7 +91,9 @@ class MemoryTrainer(Trainer):
                     logits = model(**model_inputs(conversation), past_key_values=memory, logits_to_keep=columns).logits
             if learns:
                 target = conversation["labels"][:, columns + 1]
-                losses.append(nn.functional.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), reduction="sum"))
+                losses.append(
+                    nn.functional.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), reduction="sum")
+                )
                 labelled = target != IGNORED
                 counts.append(labelled.sum())
                 right = ((logits.argmax(-1) == target) | ~labelled).all(1).float()
@@ -100,7 +102,9 @@ class MemoryTrainer(Trainer):
             if (index + 1) % self.args.detach_every == 0:
                 memory.detach()
         if not losses:
-            raise ValueError('No conversation of the batch has a labelled token: mark an assistant message with "train": True')
+            raise ValueError(
+                'No conversation of the batch has a labelled token: mark an assistant message with "train": True'
+            )
         loss = torch.stack(losses).sum() / torch.stack(counts).sum().clamp_min(1)
         predicted = memory.take_losses()
         if predicted and self.args.predictor_loss_weight:

@@ -1,0 +1,192 @@
+"""Training on episodes: what a batch is, what a loss teaches, and that a run can be stopped and resumed."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from chatting import byte_tokenizer, chat_model
+from datasets import Dataset
+
+from senri_hf import EpisodeCollator, MemoryCache, MemoryTrainer, MemoryTrainingArguments
+from senri_hf.training import ask, encode_conversation, tell
+from senri_hf.training.trainer import SCALARS
+
+
+def say(text: str, reply: str, **marks: bool) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": text}, {"role": "assistant", "content": reply, **marks}]
+
+
+EPISODES = [
+    {"conversations": [say("i am as", "ok"), say("who", "as", train=True)]},
+    {"conversations": [say("i am user", "fine"), say("the sea", "ll", keep=True), say("who", "user", train=True)]},
+    {"conversations": [say("hello", "ll", train=True)]},
+    {"conversations": [say("my name", "ok"), say("na", "my", train=True), say("who", "name", train=True)]},
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return byte_tokenizer()
+
+
+@pytest.fixture
+def model(tokenizer: Any) -> Any:
+    return chat_model(tokenizer)
+
+
+def trainer(model: Any, tokenizer: Any, folder: Path, **settings: Any) -> MemoryTrainer:
+    data = Dataset.from_list([episode | {"length": len(episode["conversations"])} for episode in EPISODES * 2])
+    arguments = MemoryTrainingArguments(
+        output_dir=str(folder),
+        **{"use_cpu": True, "report_to": "none", "disable_tqdm": True, "learning_rate": 1e-2, **settings},
+    )
+    return MemoryTrainer(
+        model=model, args=arguments, train_dataset=data, eval_dataset=data, data_collator=EpisodeCollator(tokenizer)
+    )
+
+
+def batch(tokenizer: Any, side: str = "right") -> list[dict[str, Any]]:
+    return EpisodeCollator(tokenizer, padding_side=side)(EPISODES)["conversations"]
+
+
+def test_only_marked_answers_are_labelled_with_their_end_of_turn(tokenizer: Any) -> None:
+    encoded = encode_conversation(tokenizer, say("who are you", "user", train=True))
+    labelled = [token for token in encoded["labels"] if token != -100]
+    assert tokenizer.decode(labelled) == "user<eos>"
+    assert encoded["input_ids"] == tokenizer.apply_chat_template(say("who are you", "user"))["input_ids"]
+    assert not any(encoded["keep"])
+    kept = encode_conversation(tokenizer, say("who", "user", keep=True))
+    assert sum(kept["keep"]) == len(labelled)
+    assert set(kept["labels"]) == {-100}
+
+
+def test_a_user_message_cannot_be_learned(tokenizer: Any) -> None:
+    with pytest.raises(ValueError, match="'user'"):
+        encode_conversation(tokenizer, [{"role": "user", "content": "hi", "train": True}])
+
+
+def test_without_a_chat_template_the_error_says_what_to_do() -> None:
+    with pytest.raises(ValueError, match="chat_template"):
+        encode_conversation(byte_tokenizer(None), say("hi", "ok"))
+
+
+def test_the_last_conversations_stand_side_by_side_and_missing_ones_are_padding(tokenizer: Any) -> None:
+    steps = batch(tokenizer)
+    assert len(steps) == 3
+    assert [bool(step["learns"]) for step in steps] == [False, True, True]
+    assert [bool(step["keeps"]) for step in steps] == [False, True, False]
+    assert steps[0]["attention_mask"].any(1).tolist() == [False, True, False, True]
+
+
+def test_padding_on_either_side_teaches_the_same(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    runner = trainer(model.eval(), tokenizer, tmp_path)
+    right, _ = runner.run_episodes(model, batch(tokenizer, "right"))
+    left, _ = runner.run_episodes(model, batch(tokenizer, "left"))
+    torch.testing.assert_close(right, left, rtol=1e-4, atol=1e-5)
+
+
+def test_every_trainable_parameter_learns_from_two_conversations(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    loss, _ = trainer(model, tokenizer, tmp_path).run_episodes(model.train(), batch(tokenizer))
+    loss.backward()
+    still = [n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    assert not [name for name in still if not name.endswith("age_scale")], still
+
+
+def test_a_loss_reaches_back_as_many_conversations_as_are_not_cut(tokenizer: Any, tmp_path: Path) -> None:
+    gradients = {}
+    for cut in (1, 4):
+        model = chat_model(tokenizer)
+        runner = trainer(model, tokenizer, tmp_path, detach_every=cut, predictor_loss_weight=0.0)
+        loss, _ = runner.run_episodes(model.train(), batch(tokenizer))
+        loss.backward()
+        gradients[cut] = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    assert not torch.allclose(gradients[1], gradients[4])
+
+
+def test_gates_have_their_own_rate_and_no_decay(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    runner = trainer(model, tokenizer, tmp_path, gate_learning_rate_multiplier=7.0, weight_decay=0.1)
+    names = {id(p): n for n, p in model.named_parameters()}
+    for group in runner.create_optimizer().param_groups:
+        scalar = {names[id(p)].endswith(SCALARS) for p in group["params"]}
+        assert len(scalar) == 1
+        assert group["lr"] == pytest.approx(7e-2 if scalar.pop() else 1e-2)
+        if group["lr"] == pytest.approx(7e-2):
+            assert group["weight_decay"] == 0
+
+
+def test_small_talk_that_memory_does_not_change_costs_nothing(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    conversations = EpisodeCollator(tokenizer)([{"conversations": [say("the sea", "ll", keep=True)]}])["conversations"]
+    runner = trainer(model.eval(), tokenizer, tmp_path)
+    divergence, count = runner.divergence(model, MemoryCache.for_model(model), conversations[0])
+    assert count == sum(encode_conversation(tokenizer, say("the sea", "ll", keep=True))["keep"])
+    assert divergence.item() == pytest.approx(0, abs=1e-5)
+    told = tell(model, tokenizer, [[say("i am as", "ok")]])
+    assert runner.divergence(model, told, conversations[0])[0] > 1e-4
+
+
+def test_reused_states_are_those_that_a_blank_memory_reads(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    episodes = [
+        {"conversations": [say("i am as", "ok"), say("who", "as", train=True)]},
+        {"conversations": [say("i am a user", "fine"), say("who", "user", train=True)]},
+    ]
+    conversations = EpisodeCollator(tokenizer)(episodes)["conversations"]
+    live = trainer(model.eval(), tokenizer, tmp_path).run_episodes(model, conversations)[0]
+    reused = trainer(model, tokenizer, tmp_path, reuse_told_states=True).run_episodes(model, conversations)[0]
+    torch.testing.assert_close(live, reused, rtol=2e-2, atol=2e-2)  # kept in bfloat16
+
+
+def test_options_that_exclude_each_other_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="detach_every=2"):
+        MemoryTrainingArguments(output_dir=str(tmp_path), use_cpu=True, detach_every=2, reuse_told_states=True)
+    with pytest.raises(ValueError, match="detach_every=0"):
+        MemoryTrainingArguments(output_dir=str(tmp_path), use_cpu=True, detach_every=0)
+    with pytest.raises(ValueError, match="keep_loss_weight=-1"):
+        MemoryTrainingArguments(output_dir=str(tmp_path), use_cpu=True, keep_loss_weight=-1)
+
+
+def test_states_of_the_models_own_surprise_cannot_be_reused(tokenizer: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="predictor"):
+        trainer(chat_model(tokenizer, surprise="nll"), tokenizer, tmp_path, reuse_told_states=True)
+
+
+def test_a_batch_without_a_label_is_refused(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    conversations = EpisodeCollator(tokenizer)([{"conversations": [say("i am as", "ok")]}])["conversations"]
+    with pytest.raises(ValueError, match="train"):
+        trainer(model, tokenizer, tmp_path).run_episodes(model, conversations)
+
+
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tokenizer: Any, tmp_path: Path) -> None:
+    def run(folder: str, steps: int, resume: bool = False) -> dict[str, torch.Tensor]:
+        model = chat_model(tokenizer)
+        settings = {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 4, "lr_scheduler_type": "constant"}
+        runner = trainer(model, tokenizer, tmp_path / folder, **settings)
+        if steps < 4:
+            runner.args.max_steps = steps
+        runner.train(resume_from_checkpoint=resume or None)
+        return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    whole = run("whole", 4)
+    run("parts", 2)
+    resumed = run("parts", 4, resume=True)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    saved = {path.name for path in (tmp_path / "parts" / "checkpoint-4").iterdir()}
+    assert "adapter_model.safetensors" in saved
+    assert "model.safetensors" not in saved
+
+
+def test_training_learns_and_evaluation_says_how_well(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    runner = trainer(model, tokenizer, tmp_path, max_steps=12, per_device_train_batch_size=4, save_strategy="no")
+    before = runner.evaluate()
+    runner.train()
+    after = runner.evaluate()
+    assert after["eval_loss"] < before["eval_loss"]
+    assert 0 <= after["eval_exact"] <= 1
+
+
+def test_asking_leaves_the_memory_as_it_is(model: Any, tokenizer: Any) -> None:
+    memory = tell(model.eval(), tokenizer, [[say("i am as", "ok")], [say("i am user", "ok"), say("na", "my")]])
+    before = {name: tensor.clone() for name, tensor in memory.state_dict().items()}
+    replies = ask(model, tokenizer, [say("who", "")[:1]] * 2, memory, max_new_tokens=4)
+    assert len(replies) == 2
+    assert all(torch.equal(before[name], tensor) for name, tensor in memory.state_dict().items())

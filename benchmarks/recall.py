@@ -121,7 +121,8 @@ def without_memory(suite: str, method: str, model: Any, tokenizer: Any) -> dict[
             tokens += len(tokenizer.apply_chat_template(conversations[-1], add_generation_prompt=True)["input_ids"])
         replies += ask(model, tokenizer, conversations)
     seconds = (time.perf_counter() - start) / len(episodes)
-    return score(episodes, replies) | {"bytes": tokens / len(episodes) * per_token, "seconds": seconds}
+    kept = 0 if method == "no memory" else tokens / len(episodes) * per_token
+    return score(episodes, replies) | {"bytes": kept, "seconds": seconds}
 
 
 def main() -> None:

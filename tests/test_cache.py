@@ -529,3 +529,31 @@ def test_a_static_mask_tells_padding_too(subject: Subject) -> None:
         model(input_ids=ids, attention_mask=kind, position_ids=positions, past_key_values=memory)
         held.append(memory.state_dict())
     assert_identical_memory(*held)
+
+
+@pytest.mark.parametrize("copy", ["snapshot", "fork", "select_rows"])
+def test_a_copy_made_while_only_reading_can_be_written(copy: str) -> None:
+    model = next(iter(subjects("llama", ["default"]))).build()
+    memory = MemoryCache.for_model(model)
+    ids = torch.randint(3, 90, (1, 12))
+    with torch.no_grad():
+        model(ids, past_key_values=memory)
+        with memory.read_only():
+            other = {"snapshot": memory.snapshot, "fork": lambda: memory.fork(1)}.get(
+                copy, lambda: memory.select_rows([0])
+            )()
+            memory.restore(other)
+            before = memory.tokens_seen.clone()
+            model(ids, past_key_values=memory)
+            assert torch.equal(memory.tokens_seen, before)
+        model(ids, past_key_values=other)
+        assert torch.equal(other.tokens_seen, before + ids.shape[1])
+        model(ids, past_key_values=memory)
+        assert torch.equal(memory.tokens_seen, before + ids.shape[1])
+
+
+def test_rows_are_not_named_by_truth_values() -> None:
+    model = next(iter(subjects("llama", ["default"]))).build()
+    memory = MemoryCache.for_model(model)
+    with pytest.raises(ValueError, match="whole numbers"):
+        memory.select_rows(torch.tensor([True, False]))

@@ -21,6 +21,7 @@ from senri_hf.memory.episodic_layer import Tokens
 
 
 HIDDEN = 768
+PLACE = "experiment.0."  # adapter and layer in the file
 
 
 def parse() -> argparse.Namespace:
@@ -97,6 +98,7 @@ def main() -> None:
     experiment = Experiment(EpisodicConfig(novelty_threshold=0.95, consolidation_similarity=0.95))
     if args.load_memory:
         tensors, _ = file.load(args.load_memory)
+        tensors = {name.removeprefix(PLACE): tensor for name, tensor in tensors.items()}
         experiment.layer.check_state_dict(tensors)
         experiment.layer.load_state_dict(tensors)
     names = [args.initial_name, args.corrected_name]
@@ -121,7 +123,7 @@ def main() -> None:
         model = {"architecture": "embedding experiment", "num_hidden_layers": 1, "hidden_size": HIDDEN}
         description = {"model": model, "tokens_seen": experiment.layer.tokens_seen.tolist(), "parent": None,
                        "layers": [["experiment", 0, experiment.layer._layer_type]]}  # fmt: skip
-        file.save(experiment.layer.state_dict(), description, folder)
+        file.save({PLACE + name: t for name, t in experiment.layer.state_dict().items()}, description, folder)
         log.info("Memory: %s", folder)
 
 

@@ -14,6 +14,7 @@ from peft import get_peft_model
 
 import senri_hf
 from senri_hf.commands.chat import find_adapter, load_model
+from senri_hf.tasks import Question, score_reply
 
 
 def parse() -> argparse.Namespace:
@@ -47,15 +48,17 @@ def load(args: argparse.Namespace) -> senri_hf.MemoryChat:
 class Experiment:
     """Runs phases, each in a conversation of its own, and keeps what was said."""
 
-    def __init__(self, chat: senri_hf.MemoryChat, log: logging.Logger) -> None:
-        self.chat, self.log = chat, log
+    def __init__(self, chat: senri_hf.MemoryChat, log: logging.Logger, names: tuple[str, ...]) -> None:
+        self.chat, self.log, self.names = chat, log, names
         self.phases: list[dict] = []
 
     def phase(self, name: str, text: str, expected: str | None = None, *, write: bool) -> None:
         self.chat.new_conversation()
         reply, info = self.chat.say(text, update_memory=write, max_new_tokens=32)
         self.chat.new_conversation()
-        found = None if expected is None else expected.lower() in reply.lower()
+        others = tuple(name for name in self.names if name != expected)
+        question = Question([{"role": "user", "content": text}], "", "name", expected or "", others)
+        found = None if expected is None else score_reply(reply, question)
         self.phases.append(
             {"phase": name, "said": text, "reply": reply.strip(), "expected": expected, "recalled": found,
              "tokens_written": info.tokens_written, "seconds": info.seconds}
@@ -76,7 +79,7 @@ def main() -> None:
     log.setLevel(logging.INFO)
     log.addHandler(logging.StreamHandler())
     log.addHandler(logging.FileHandler(args.output_dir / f"llm_experiment_{stamp}.log"))
-    experiment = Experiment(load(args), log)
+    experiment = Experiment(load(args), log, (args.initial_name, args.corrected_name))
     if args.interactive:
         interactive(experiment)
     else:

@@ -92,7 +92,6 @@ class History(TrainerCallback):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.best = -1.0
         self.logger = logging.getLogger("name_recall")
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -104,8 +103,9 @@ class History(TrainerCallback):
         plot(state.log_history, self.folder / "training.png")
 
     def on_evaluate(self, args, state, control, metrics=None, model=None, **kwargs):
-        if metrics and metrics["eval_exact"] > self.best:
-            self.best = metrics["eval_exact"]
+        # What came before a resume counts too.
+        earlier = [h["eval_exact"] for h in state.log_history if "eval_exact" in h and h["step"] < state.global_step]
+        if metrics and metrics["eval_exact"] > max(earlier, default=-1.0):
             save(model, self.folder / "best")
 
 

@@ -15,6 +15,7 @@ from peft import LoraConfig, PeftModel
 
 from ..bases import KNOWN_BASES
 from ..configuration import EpisodicConfig
+from ..memory.fingerprint import public_name
 from .config import MemoryAdapterConfig
 
 
@@ -196,8 +197,7 @@ def here(name: str) -> str:
 
 def base_name(config: MemoryAdapterConfig) -> str:
     """The base model's name; of a folder only its last part, as paths are nobody else's."""
-    name = config.base_model_name_or_path or ""
-    return Path(name).name if Path(name).is_absolute() or Path(name).exists() else name
+    return public_name(config.base_model_name_or_path or "")
 
 
 def count_parameters(peft_model: PeftModel, adapter_name: str) -> int:

@@ -108,14 +108,14 @@ class MemoryCache(DynamicCache):
     @contextlib.contextmanager
     def read_only(self) -> Iterator[Self]:
         """Inside, memory is read and not changed in any way: no writes, no statistics, no access counts."""
-        before = [layer.is_read_only for layer in self.memory_layers]
+        before = {place: layer.is_read_only for place, layer in self._memory.items()}
         for layer in self.memory_layers:
             layer.is_read_only = True
         try:
             yield self
-        finally:
-            for layer, value in zip(self.memory_layers, before, strict=True):
-                layer.is_read_only = value
+        finally:  # on the layers as they are then: a `restore` inside puts others in their place
+            for place, layer in self._memory.items():
+                layer.is_read_only = before[place]
 
     def forget(self, last: int) -> None:
         """Take the last tokens of the open conversation back, out of context and memory alike.
@@ -169,16 +169,25 @@ class MemoryCache(DynamicCache):
         other = copy.copy(self)
         other.layers = [copy_layer(layer) for layer in self.layers]
         other._index()
+        for layer in other.memory_layers:  # whether this cache is in `read_only()` says nothing of its copy
+            layer.is_read_only = False
         return other
 
     def restore(self, snapshot: "MemoryCache") -> None:
-        """Become what a `snapshot()` of this cache holds; the snapshot stays usable."""
-        if len(snapshot.layers) != len(self.layers):
+        """Become what a `snapshot()` of this cache holds; the snapshot stays usable, and `read_only()` stays in force.
+
+        Raises:
+            ValueError: when the snapshot is of another model's cache.
+        """
+        if snapshot._memory.keys() != self._memory.keys() or len(snapshot.layers) != len(self.layers):
             raise ValueError(
-                f"The snapshot has {len(snapshot.layers)} layers, this cache {len(self.layers)}: restore takes a "
-                "snapshot() of the same cache"
+                f"The snapshot has the memory layers {sorted(snapshot._memory)}, this cache {sorted(self._memory)}: "
+                "restore takes a snapshot() of the same cache"
             )
+        read_only = {place: layer.is_read_only for place, layer in self._memory.items()}
         self.__dict__.update(snapshot.snapshot().__dict__)
+        for place, layer in self._memory.items():
+            layer.is_read_only = read_only[place]
 
     def fork(self, copies: int) -> "MemoryCache":
         """A new cache with every row repeated `copies` times, for as many continuations; this one is left as it is."""
@@ -191,8 +200,10 @@ class MemoryCache(DynamicCache):
     def select_rows(self, indices: Tensor | list[int]) -> "MemoryCache":
         """A new cache with the rows at `indices`, in that order; this one is left as it is."""
         other = self.snapshot()
-        index = torch.as_tensor(indices, dtype=torch.long)
-        rows = self.rows
+        index = torch.as_tensor(indices)
+        if index.numel() and (index.is_floating_point() or index.dtype == torch.bool):
+            raise ValueError(f"select_rows({index.tolist()}) was called, but rows are named by whole numbers")
+        index, rows = index.long(), self.rows
         if rows is not None and index.numel() and not bool(((index >= 0) & (index < rows)).all()):
             raise ValueError(f"select_rows({index.tolist()}) was called, but this memory has rows 0 to {rows - 1}")
         other.batch_select_indices(index)
@@ -301,7 +312,7 @@ class MemoryCache(DynamicCache):
             (name,) = ours
             parts = {(name, layer_idx): part for (_, layer_idx), part in parts.items()}
         expected = {(layer.adapter_name, layer.layer_idx): layer for layer in self.memory_layers}
-        if parts and parts.keys() != expected.keys():
+        if not parts.keys() <= expected.keys():  # what nothing was written to has no part
             raise ValueError(
                 f"The memory is of layers {sorted(parts)}, but this model's memory layers are {sorted(expected)}: it "
                 "was made with another adapter"

@@ -1,5 +1,6 @@
 """What tells one model and its memory adapters from another: settings and a sample of the weights."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,13 +38,19 @@ def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
             base[".".join(parts)] = parameter
     return {
         "architecture": getattr(config, "model_type", type(model).__name__),
-        "name_or_path": str(getattr(config, "_name_or_path", "") or ""),
+        "name_or_path": public_name(str(getattr(config, "_name_or_path", "") or "")),
         "hidden_size": config.hidden_size,
         "num_hidden_layers": config.num_hidden_layers,
         "vocab_size": config.vocab_size,
         "weights": sample(base),
         "memory_weights": sample(memory),
     }
+
+
+def public_name(name_or_path: str) -> str:
+    """A model's name; of a folder only its last part, as paths are nobody else's."""
+    path = Path(name_or_path)
+    return path.name if path.is_absolute() or path.exists() else name_or_path
 
 
 def sample(parameters: dict[str, nn.Parameter]) -> dict[str, list[float]]:

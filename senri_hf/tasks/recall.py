@@ -157,11 +157,19 @@ def _overlap(first: str, second: str) -> bool:
 
 
 def _draw_value(
-    rng: random.Random, relation: dict[str, Any], split: str, used: list[str], texts: list[str]
+    rng: random.Random,
+    relation: dict[str, Any],
+    split: str,
+    used: list[str],
+    texts: list[str],
+    earlier: frozenset[str] = frozenset(),
 ) -> str | None:
-    """A value that overlaps with no used value and with none of the texts, or None where there is none."""
+    """A value that overlaps with no used value and with none of the texts, or None where there is none.
+
+    Values of `earlier` episodes come last.
+    """
     pool = load_data()["values"][relation["category"]][split]
-    for value in rng.sample(pool, len(pool)):
+    for value in sorted(rng.sample(pool, len(pool)), key=lambda value: value in earlier):
         bare = _ARTICLE.sub("", _normal(value))
         if not any(_overlap(value, other) for other in used) and not any(_contains(text, bare) for text in texts):
             return str(value)
@@ -182,13 +190,14 @@ def _build(
     distractors: int,
     correction: bool,
     questions: int,
+    earlier: frozenset[str] = frozenset(),
 ) -> Episode:
     for _ in range(1000):
         told = rng.sample(pool, facts)
         texts = [text for relation in told for text in _fixed_words(relation)]
         used: list[str] = []
         for relation in told:
-            value = _draw_value(rng, relation, split, used, texts)
+            value = _draw_value(rng, relation, split, used, texts, earlier)
             if value is None:
                 break
             used.append(value)
@@ -281,10 +290,14 @@ def recall_episodes(
     pool = _relations(relations)
     _check(pool, relations, split, facts, facts_per_conversation, distractors, questions)
     rng = random.Random(seed)
-    return [
-        _build(rng, pool, split, facts, facts_per_conversation, distractors, bool(correction), questions)
-        for _ in range(num_episodes)
-    ]
+    episodes: list[Episode] = []
+    for _ in range(num_episodes):
+        # Asked of one relation only, no value comes twice while there are others.
+        earlier = frozenset(episode.questions[0].answer for episode in episodes) if len(pool) == 1 else frozenset()
+        episodes.append(
+            _build(rng, pool, split, facts, facts_per_conversation, distractors, bool(correction), questions, earlier)
+        )
+    return episodes
 
 
 def training_mixture(seed: int = 0) -> Iterator[Episode]:

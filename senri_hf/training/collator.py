@@ -51,7 +51,9 @@ class EpisodeCollator:
     def encode(self, conversation: Any) -> dict[str, list[int]]:
         if isinstance(conversation, dict):
             size = len(conversation["input_ids"])
-            return {"labels": [IGNORED] * size, "keep": [0] * size, **conversation}
+            whole = {"labels": [IGNORED] * size, "keep": [0] * size, **conversation}
+            cut = slice(-self.max_length, None) if self.max_length is not None else slice(None)
+            return {name: values[cut] for name, values in whole.items()}
         return encode_conversation(self.tokenizer, conversation, self.max_length)
 
     def pad(self, conversations: list[dict[str, list[int]]]) -> dict[str, Tensor | bool]:

@@ -23,7 +23,8 @@ class ToldStates:
     They do not change while the base model is frozen, so every text is read once.
 
     Raises:
-        ValueError: when a memory's surprise is the model's own (`surprise="nll"`), which is not kept.
+        ValueError: when more than memory is trained, or a memory's surprise is the model's own (`surprise="nll"`),
+            which is not kept.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -34,6 +35,13 @@ class ToldStates:
             for adapter in layer.children()
             if isinstance(adapter, MemoryAdapterLayer)
         }
+        ours = {id(parameter) for adapter in self.layers for parameter in adapter.parameters()}
+        others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in ours]
+        if others:
+            raise ValueError(
+                f"reuse_told_states=True needs everything but memory to be frozen, but {others[0]} and "
+                f"{len(others) - 1} more parameters are trained; leave it out"
+            )
         if any(reader.predictor is None for adapter in self.layers for reader in adapter.readers.values()):
             raise ValueError("reuse_told_states=True works with surprise='predictor' only; use one or the other")
         self.states: dict[tuple[int, ...], list[Tensor]] = {}  # for every layer [T, D]

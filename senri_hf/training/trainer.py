@@ -30,6 +30,10 @@ class MemoryTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("compute_metrics", exact_share)
         super().__init__(*args, **kwargs)
+        if not isinstance(self.args, MemoryTrainingArguments):
+            raise TypeError(
+                f"args is a {type(self.args).__name__}, but a MemoryTrainer takes senri_hf.MemoryTrainingArguments"
+            )
         self.model_accepts_loss_kwargs = False
         self.label_names = []
         self.told = ToldStates(cast(PreTrainedModel, self.model)) if self.args.reuse_told_states else None

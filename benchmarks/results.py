@@ -2,18 +2,16 @@
 
     make results
 
-A benchmark that has its result already is not run again, unless it is named with `--again`.
+A benchmark that has its result already is not run again, unless it is named with `--again`: do so after training another
+adapter.
 """
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from senri_hf.commands.chat import shipped_adapter
 
@@ -30,6 +28,17 @@ def stored(name: str, model: str) -> Any:
         return json.loads(path.read_text()) if path.exists() else None
     path = DOCS / f"{name}.json"
     return json.loads(path.read_text()).get(model) if path.exists() else None
+
+
+def discard(name: str, model: str) -> None:
+    """Drop what a benchmark found for a model."""
+    path = DOCS / (f"forgetting-{model}.json" if name == "forgetting" else f"{name}.json")
+    if name == "forgetting":
+        path.unlink(missing_ok=True)
+    elif path.exists():
+        found = json.loads(path.read_text())
+        found.pop(model, None)
+        path.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
 
 
 def run(name: str, model: str, adapter: Path) -> None:
@@ -107,7 +116,6 @@ def write(path: Path) -> None:
         "# Results",
         "",
         "Written by `make results` from the JSON files beside it.",
-        f"torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads.",
         "",
         "Recall is scored on what `generate()` says: the value told has to be in the reply, and no other value of the",
         "episode. Values, phrasings and (where it says so) relations were never seen in training. Told in one process,",
@@ -154,8 +162,10 @@ def main() -> None:
             print(f"{model}: no adapter is shipped")
             continue
         for name in BENCHMARKS:
-            # recall goes on where it stopped by itself
-            if name == "recall" or name in args.again or stored(name, model) is None:
+            if name in args.again:
+                discard(name, model)
+            # recall goes on by itself where it stopped
+            if name == "recall" or stored(name, model) is None:
                 run(name, model, adapter)
             write(DOCS / "results.md")
     print(f"{DOCS / 'results.md'}")

@@ -2,8 +2,8 @@
 
     make results
 
-A benchmark that has its result already is not run again, unless it is named with `--again`, as it should be after another
-adapter was trained.
+A benchmark that has its result already is not run again, unless it is named with `--again`.
+Name all of them once another adapter was trained.
 """
 
 import argparse

@@ -557,3 +557,18 @@ def test_rows_are_not_named_by_truth_values() -> None:
     memory = MemoryCache.for_model(model)
     with pytest.raises(ValueError, match="whole numbers"):
         memory.select_rows(torch.tensor([True, False]))
+
+
+def test_a_memory_of_which_one_adapter_is_blank_loads_again() -> None:
+    model = next(iter(subjects("llama", ["default"]))).build()
+    model.add_adapter("idle", copy.deepcopy(model.peft_config["default"]))
+    memory = MemoryCache.for_model(model)
+    with torch.no_grad():
+        model(torch.randint(3, 90, (1, 12)), past_key_values=memory)
+    memory.clear_context()
+    other = MemoryCache.for_model(model)
+    other.load_state_dict(memory.state_dict())
+    before, after = memory.state_dict(), other.state_dict()
+    assert {name.partition(".")[0] for name in before} == {"default"}
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)

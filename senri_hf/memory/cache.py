@@ -312,7 +312,9 @@ class MemoryCache(DynamicCache):
             (name,) = ours
             parts = {(name, layer_idx): part for (_, layer_idx), part in parts.items()}
         expected = {(layer.adapter_name, layer.layer_idx): layer for layer in self.memory_layers}
-        if not parts.keys() <= expected.keys():  # what nothing was written to has no part
+        # An adapter whose memory is blank has no part in a state dict; one that has a part has all its layers in it.
+        written = {name for name, _ in parts}
+        if parts.keys() != {place for place in expected if place[0] in written}:
             raise ValueError(
                 f"The memory is of layers {sorted(parts)}, but this model's memory layers are {sorted(expected)}: it "
                 "was made with another adapter"

@@ -7,6 +7,7 @@ Medians; the peers take turns within every round, so that a slow moment of the m
 
 import argparse
 import json
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -101,7 +102,7 @@ def training_step(name: str, dtype: str) -> dict[str, float]:
     trainer = senri_hf.MemoryTrainer(
         model=model,
         args=senri_hf.MemoryTrainingArguments(
-            output_dir="/tmp/unused", use_cpu=not torch.cuda.is_available(), report_to="none"
+            output_dir=tempfile.mkdtemp(), use_cpu=not torch.cuda.is_available(), report_to="none"
         ),
     )
     question = batch[-1]

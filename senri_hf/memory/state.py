@@ -31,21 +31,8 @@ class RowState:
     def nbytes(self) -> int:
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
 
-    def to(self, device: torch.device | str) -> Self:
-        return self.map(lambda tensor: tensor.to(device))
-
     def detach(self) -> Self:
         return self.map(torch.Tensor.detach)
-
-
-def where_rows(condition: Tensor, new: RowState, old: RowState) -> RowState:
-    """Row by row, `new` where `condition` [batch] holds and `old` elsewhere."""
-
-    def choose(a: Tensor, b: Tensor) -> Tensor:
-        return torch.where(condition.view(-1, *[1] * (a.dim() - 1)), a, b)
-
-    before = old.tensors()
-    return type(new)(**{name: choose(tensor, before[name]) for name, tensor in new.tensors().items()})
 
 
 def check_tensors(tensors: dict[str, Tensor], expected: dict[str, Tensor], where: str) -> None:

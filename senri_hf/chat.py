@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCrite
 from transformers.generation.streamers import BaseStreamer
 
 from .adapters.decoder import find_decoder
-from .memory import EpisodicLayer, MemoryCache
+from .memory import MemoryCache
 
 
 # For a tokenizer that has no chat template.
@@ -286,9 +286,7 @@ class MemoryChat:
 
     @property
     def _writes_replies(self) -> bool:
-        return all(
-            layer.config.write_generated for layer in self.memory.memory_layers if isinstance(layer, EpisodicLayer)
-        )
+        return all(layer.writes_generated for layer in self.memory.memory_layers)
 
     def _check_arguments(self, text: str, max_new_tokens: int, kwargs: dict[str, Any]) -> None:
         if not isinstance(text, str):

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from senri_hf import MemoryAdapterConfig, MemoryCache
-from senri_hf.adapters.config import MECHANISMS
+from senri_hf.adapters.mechanisms import MECHANISMS
 from senri_hf.memory.owner import owners
 
 

@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreT
 from senri_hf import MemoryAdapterConfig, MemoryCache
 from senri_hf.adapters import MemoryTuner
 from senri_hf.adapters.decoder import attention_weights, find_decoder, find_decoder_layers
+from senri_hf.adapters.episodic import EpisodicAdapterConfig
 from senri_hf.adapters.layer import MemoryAdapterLayer
 
 
@@ -487,6 +489,20 @@ def test_adding_adapters_up_is_refused_with_a_reason() -> None:
 def test_a_wrong_setting_is_named_with_its_value(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=rf"{name}={value!r}"):
         MemoryAdapterConfig(**{name: value})
+
+
+def test_a_setting_that_the_mechanism_has_not_is_refused_with_the_nearest_one() -> None:
+    with pytest.raises(ValueError, match=r"store_slot=3 was given.*did you mean 'store_slots'"):
+        MemoryAdapterConfig(store_slot=3)
+
+
+def test_the_config_is_that_of_its_mechanism() -> None:
+    """It is pickled, copied and loaded as what it is, and takes no other mechanism's name."""
+    config = MemoryAdapterConfig(store_slots=3)
+    assert type(config) is EpisodicAdapterConfig is type(pickle.loads(pickle.dumps(config)))
+    assert copy.deepcopy(config) == config
+    with pytest.raises(ValueError, match="'telepathy' was given to EpisodicAdapterConfig"):
+        EpisodicAdapterConfig(mechanism="telepathy")
 
 
 @pytest.mark.parametrize("layers", [[3], [-1], [0, 0], [], ["0"], [0, 99], 7, [True]])

@@ -89,7 +89,7 @@ def test_an_adapter_needs_the_package_which_may_be_imported_after_peft(tmp_path:
             raise AssertionError("loaded without the package")
         import senri_hf
         config = PeftConfig.from_pretrained({str(tmp_path)!r})
-        assert type(config) is senri_hf.MemoryAdapterConfig, config
+        assert isinstance(config, senri_hf.MemoryAdapterConfig), config
         """
     )
     assert result.returncode == 0, result.stderr

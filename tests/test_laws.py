@@ -36,7 +36,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from senri_hf import MemoryCache
-from senri_hf.adapters.config import MECHANISMS
+from senri_hf.adapters.mechanisms import MECHANISMS
 from senri_hf.memory import file
 from senri_hf.memory.owner import owners
 

@@ -155,14 +155,14 @@ def test_wrong_requests_are_refused(tmp_path: Path) -> None:
     model = both()
     with pytest.raises(ValueError, match=r"adapter_name='lora'.*\['default', 'lora'\]"):
         senri_hf.add_lora(model, lora_config())
-    with pytest.raises(TypeError, match="MemoryAdapterConfig was given"):
+    with pytest.raises(TypeError, match="AdapterConfig was given"):
         senri_hf.add_lora(model, memory_config(), "other")
     with pytest.raises(ValueError, match="no memory adapters"):
         senri_hf.add_lora(get_peft_model(tiny_model("llama"), lora_config()), lora_config(), "more")
     with pytest.raises(ValueError, match="no LoRA to save"):
         save_lora(get_peft_model(tiny_model("llama"), memory_config()), tmp_path)
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="a MemoryAdapterConfig, but a LoRA"):
+    with pytest.raises(ValueError, match="AdapterConfig, but a LoRA"):
         load_lora(model, tmp_path, "third")
 
 

@@ -6,7 +6,7 @@ PEFT's own card would not say that `import senri_hf` has to come before an adapt
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from huggingface_hub import HfApi
 from peft import LoraConfig, PeftModel
 
 from ..bases import KNOWN_BASES
-from ..configuration import EpisodicConfig
 from ..memory.fingerprint import public_name
 from .config import MemoryAdapterConfig
 
@@ -141,7 +140,7 @@ def adapter_card(
         "license": license,
     }
     facts = "\n".join(f"| {what} | {value} |" for what, value in rows.items() if value is not None)
-    settings = "\n".join(f"| `{f.name}` | `{getattr(config, f.name)!r}` |" for f in fields(EpisodicConfig))
+    settings = "\n".join(f"| `{f.name}` | `{getattr(config, f.name)!r}` |" for f in mechanism_fields(config))
     subfolder = "" if name == "default" else f', subfolder="{name}"'
     lora = "".join(f'senri_hf.adapters.load_lora(model, "{here(name)}/{lora}", "{lora}")\n' for lora in loras)
     parts = [
@@ -188,6 +187,12 @@ memory.clear_context()  # the conversation is gone, the memory stays
         values = "\n".join(f"| {what} | {value:.4g} |" for what, value in results.items())
         parts.append(f"## Results\n\n| | |\n|---|---|\n{values}\n")
     return "\n".join(parts)
+
+
+def mechanism_fields(config: MemoryAdapterConfig) -> list[Field[Any]]:
+    """The settings of a config's mechanism: those that not every memory adapter has."""
+    shared = {f.name for f in fields(MemoryAdapterConfig)}
+    return [f for f in fields(config) if f.name not in shared]
 
 
 def here(name: str) -> str:

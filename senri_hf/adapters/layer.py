@@ -6,14 +6,14 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..configuration import EpisodicConfig
-from ..memory import AttentionWeights, EpisodicLayer, EpisodicReader, MemoryLayer, MemoryOwner
+from ..memory import MemoryLayer, MemoryOwner
+from .block import MemoryBlock
 from .config import MemoryAdapterConfig
-from .decoder import attention_weights, input_norm, output_scale
+from .context import ForwardContext
 
 
 class MemoryAdapterLayer(nn.Module, BaseTunerLayer, MemoryOwner):
-    """Child `memory_adapter` of a decoder layer: the readers of its memory, one for each adapter by name.
+    """Child `memory_adapter` of a decoder layer: the blocks of its memory, one for each adapter by name.
 
     It has no base layer: a forward hook on the decoder layer calls it, and the decoder layer stays what it was.
     """
@@ -21,7 +21,7 @@ class MemoryAdapterLayer(nn.Module, BaseTunerLayer, MemoryOwner):
     adapter_layer_names = ("senri_block",)
     other_param_names = ()
 
-    def __init__(self, layer_idx: int, hidden_size: int, context: Any) -> None:
+    def __init__(self, layer_idx: int, hidden_size: int, context: ForwardContext) -> None:
         super().__init__()
         self.layer_idx = layer_idx
         self.hidden_size = hidden_size
@@ -33,31 +33,21 @@ class MemoryAdapterLayer(nn.Module, BaseTunerLayer, MemoryOwner):
         self.merged_adapters: list[str] = []
 
     def update_layer(self, name: str, config: MemoryAdapterConfig, decoder_layer: nn.Module) -> None:
-        """Add the reader of an adapter."""
-        settings = EpisodicConfig.of(config)
-        if config.init == "base_attention":
-            attention = attention_weights(decoder_layer)
-            scale = output_scale(decoder_layer)
-            if scale is not None:
-                attention.o = attention.o.float() * scale[:, None]
-        else:
-            heads = config.num_heads or self.context.num_heads
-            attention = AttentionWeights.random(self.hidden_size, heads)
-        reader = EpisodicReader(settings, input_norm(decoder_layer, self.hidden_size), attention)
+        """Add the block of an adapter."""
+        block: Any = config.new_block(decoder_layer, self.hidden_size, self.context.num_heads)
         device = next((p.device for p in decoder_layer.parameters() if not p.is_meta), None)
-        if device is not None and not any(p.is_meta for p in reader.parameters()):
-            reader = reader.to(device)
-        self.senri_block[name] = reader
+        if device is not None and not any(p.is_meta for p in block.parameters()):
+            block = block.to(device)
+        self.senri_block[name] = block
 
     def memory_layers(self) -> list[MemoryLayer]:
         return [
-            EpisodicLayer(reader.config, self.layer_idx, name, self.hidden_size)
-            for name, reader in self.senri_block.items()
+            block.new_cache_layer(self.layer_idx, name) for name, block in self.senri_block.items() if block.has_memory
         ]
 
     @property
-    def readers(self) -> dict[str, EpisodicReader]:
-        """The readers of the active adapters by name; none while adapters are disabled."""
+    def blocks(self) -> dict[str, MemoryBlock]:
+        """The blocks of the active adapters by name; none while adapters are disabled."""
         if self.disable_adapters:
             return {}
         return {name: self.senri_block[name] for name in self.active_adapters if name in self.senri_block}

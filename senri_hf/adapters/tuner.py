@@ -9,8 +9,9 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from .config import MemoryAdapterConfig
+from .context import ForwardContext
 from .decoder import find_decoder, find_decoder_layers
-from .hooks import ForwardContext, decoder_hook, decoder_pre_hook, layer_hook
+from .hooks import decoder_hook, decoder_pre_hook, layer_hook
 from .layer import MemoryAdapterLayer, merging
 from .registration import PREFIX
 

@@ -111,6 +111,7 @@ class EpisodicLayer(MemoryLayer):
         super().__init__(layer_idx, adapter_name)
         self.hidden_size = hidden_size  # where it is known, a memory of another size is refused
         self.config = config if config is not None else EpisodicConfig()
+        self.writes_generated = self.config.write_generated
         self.now: Progress | None = None
         self.journal: Journal | None = None
         self.projected: tuple[Any, Any] | None = None  # what a reader derived from the committed memory

@@ -23,6 +23,7 @@ class MemoryLayer(DummyLayer):
         layer_idx: Index of the decoder layer that reads and writes it.
         adapter_name: Name of the adapter it belongs to.
         is_read_only: While True, nothing at all is written.
+        writes_generated: Whether tokens that `generate()` produced are written too.
         losses: Losses of the mechanism's own parts, until the trainer takes them.
     """
 
@@ -42,6 +43,7 @@ class MemoryLayer(DummyLayer):
         self.layer_idx = layer_idx
         self.adapter_name = adapter_name
         self.is_read_only = False
+        self.writes_generated = True
         self.losses: list[Tensor] = []
 
     # What a mechanism provides.

@@ -8,7 +8,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from ..adapters.decoder import find_decoder
-from ..adapters.hooks import write_predicted
+from ..adapters.episodic import EpisodicBlock
 from ..adapters.layer import MemoryAdapterLayer
 from ..memory import EpisodicLayer, MemoryCache
 from ..memory.episodic_layer import Tokens
@@ -42,8 +42,12 @@ class ToldStates:
                 f"reuse_told_states=True needs everything but memory to be frozen, but {others[0]} and "
                 f"{len(others) - 1} more parameters are trained; leave it out"
             )
-        if any(reader.predictor is None for adapter in self.layers for reader in adapter.readers.values()):
-            raise ValueError("reuse_told_states=True works with surprise='predictor' only; use one or the other")
+        blocks = [block for adapter in self.layers for block in adapter.blocks.values()]
+        if not all(isinstance(block, EpisodicBlock) and block.predictor is not None for block in blocks):
+            raise ValueError(
+                "reuse_told_states=True works with mechanism='episodic' and surprise='predictor' only; use one or the "
+                "other"
+            )
         self.states: dict[tuple[int, ...], list[Tensor]] = {}  # for every layer [T, D]
 
     def read(self, conversations: list[dict[str, Any]]) -> None:
@@ -87,12 +91,12 @@ class ToldStates:
         lengths = torch.tensor([len(row) for row in rows], device=input_ids.device)
         real = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
         for index, adapter in enumerate(self.layers):
-            for name, reader in adapter.readers.items():
+            for name, block in adapter.blocks.items():
                 layer = memory.memory_layer(adapter.layer_idx, name)
-                assert isinstance(layer, EpisodicLayer)
-                empty = reader.null_key.new_zeros(0, adapter.hidden_size)
+                assert isinstance(layer, EpisodicLayer) and isinstance(block, EpisodicBlock)
+                empty = block.null_key.new_zeros(0, adapter.hidden_size)
                 states = [self.states[row][index].float() if row else empty for row in rows]
-                encoded = reader.encode(pad_sequence(states, batch_first=True))
+                encoded = block.encode(pad_sequence(states, batch_first=True))
                 access = encoded.new_zeros(*real.shape, layer.config.store_slots)
                 tokens = Tokens(encoded, torch.zeros_like(encoded[..., 0]), access, real)
-                write_predicted(reader, layer, tokens, all_real=False)
+                block.write_predicted(layer, tokens, all_real=False)

@@ -1,0 +1,111 @@
+"""What the hooks of one model share during a forward pass."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from ..memory import MemoryCache, MemoryLayer
+from ..memory.real_tokens import padding_after_end, real_tokens
+
+
+@dataclass
+class ForwardContext:
+    """One forward pass of one model; empty between passes.
+
+    Attributes:
+        num_heads: Attention heads of the model; `model`'s output embeddings and `softcap` make logits of hidden states.
+        pad_id, end_ids: Tokens that follow a finished row, and those that finish one.
+        memory: The cache of this pass, if it is a memory cache.
+        ids: [B, T] its token ids, where they were given.
+        generated: Whether this pass continues a context the way decoding does.
+        given: The decoder's arguments by name.
+        waiting: What blocks left to be done when the last hidden states are known (see `at_end`).
+    """
+
+    num_heads: int
+    model: PreTrainedModel | None = None
+    softcap: float | None = None
+    pad_id: int | None = None
+    end_ids: tuple[int, ...] = ()
+    memory: MemoryCache | None = None
+    ids: Tensor | None = None
+    generated: bool = False
+    given: dict[str, Any] = field(default_factory=dict)
+    waiting: dict[Callable[..., None], list[Any]] = field(default_factory=dict)
+    found: tuple[Tensor, bool] | None = None
+
+    def clear(self) -> None:
+        self.memory, self.ids, self.generated, self.found = None, None, False, None
+        self.given, self.waiting = {}, {}
+
+    def begin(self, given: dict[str, Any]) -> None:
+        """Note what a pass was given; with a memory cache, refuse what it could not take in."""
+        self.clear()
+        self.given, self.ids = given, given.get("input_ids")
+        cache = next((value for value in given.values() if isinstance(value, Cache)), None)
+        if not isinstance(cache, MemoryCache):
+            return
+        batch, length = self.tokens.shape[:2]
+        for layer in cache.memory_layers:  # before attention has taken anything in
+            layer.check_rows(batch)
+        self.memory = cache
+        self.generated = cache.get_seq_length() > 0 and (length == 1 or cache.is_recording)
+        _ = self.real
+
+    @property
+    def tokens(self) -> Tensor:
+        """Ids [B, T], or embeddings [B, T, D] where there are none."""
+        return self.ids if self.ids is not None else self.given["inputs_embeds"]
+
+    @property
+    def real(self) -> Tensor:
+        """[B, T] the tokens that are no padding."""
+        return self._find_real()[0]
+
+    @property
+    def all_real(self) -> bool:
+        """Whether all tokens are real without having looked."""
+        return self._find_real()[1]
+
+    def _find_real(self) -> tuple[Tensor, bool]:
+        if self.found is None:
+            given = self.given
+            real, all_real = real_tokens(self.tokens, given.get("attention_mask"), given.get("position_ids"), given)
+            if self.memory is not None and self.ids is not None and self.pad_id is not None:
+                real = real & ~padding_after_end(self.ids, self.memory.recent_ids, self.pad_id, self.end_ids)
+                all_real = all_real and self.ids.shape[1] == 1
+            self.found = real, all_real
+        return self.found
+
+    def written(self, memory: MemoryLayer) -> Tensor:
+        """[B, T] the tokens of this pass that a memory takes in."""
+        if memory.is_read_only or (self.generated and not memory.writes_generated):
+            return self.real.new_zeros(self.real.shape)
+        return self.real
+
+    def at_end(self, function: Callable[[list[Any], Tensor, "ForwardContext"], None], item: Any) -> None:
+        """Have `function(items, last hidden states [B, T, D], context)` called once when the decoder is done.
+
+        It gets the items of all blocks that named the same function.
+        """
+        self.waiting.setdefault(function, []).append(item)
+
+    def finish(self, output: Any) -> None:
+        """Do what waited for the decoder's output, and forget the pass; None for a pass that failed."""
+        if output is not None:
+            for function, items in self.waiting.items():
+                function(items, output[0] if isinstance(output, tuple) else output.last_hidden_state, self)
+            if self.memory is not None:
+                self.memory.note_tokens(self.ids)
+        self.clear()
+
+
+def named_arguments(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a decoder's forward by name."""
+    names = list(inspect.signature(type(decoder).forward).parameters)[1:]
+    return dict(zip(names, args, strict=False)) | kwargs

@@ -1,6 +1,7 @@
 """Memory that lasts, for Hugging Face models.
 
-Importing this package makes PEFT know the memory adapter, without importing PEFT itself.
+Importing this package makes PEFT know the memory adapter and transformers' Auto classes the model families, without
+importing either.
 """
 
 import importlib
@@ -13,6 +14,9 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "EpisodicConfig": ".configuration",
+    "SymbolicTransformerConfig": ".configuration.symbolic",
+    "SymbolicTransformerForCausalLM": ".modeling",
+    "SymbolicTransformerModel": ".modeling",
     "MemoryAdapterConfig": ".adapters",
     "MemoryCache": ".memory",
     "MemoryChat": ".chat",
@@ -32,6 +36,9 @@ __all__ = [
     "MemoryChat",
     "MemoryTrainer",
     "MemoryTrainingArguments",
+    "SymbolicTransformerConfig",
+    "SymbolicTransformerForCausalLM",
+    "SymbolicTransformerModel",
     "__version__",
     "add_lora",
     "base_names",
@@ -43,7 +50,9 @@ if TYPE_CHECKING:
     from .bases import base_names, load_base
     from .chat import MemoryChat
     from .configuration import EpisodicConfig
+    from .configuration.symbolic import SymbolicTransformerConfig
     from .memory import MemoryCache
+    from .modeling import SymbolicTransformerForCausalLM, SymbolicTransformerModel
     from .training import EpisodeCollator, MemoryTrainer, MemoryTrainingArguments
 
 
@@ -60,3 +69,5 @@ def __dir__() -> list[str]:
 
 
 registry.when_imported("peft", "senri_hf.adapters.registration", "register")
+registry.when_imported("transformers.models.auto.configuration_auto", "senri_hf.families", "register_configs")
+registry.when_imported("transformers.models.auto.modeling_auto", "senri_hf.families", "register_models")

@@ -11,12 +11,17 @@ from .recall import (
     training_mixture,
     values,
 )
+from .sequences import CyclicSequence, autocorrelation, lorenz_symbols, lorenz_trajectories
 
 
 __all__ = [
+    "CyclicSequence",
     "Episode",
     "Question",
+    "autocorrelation",
     "distractor_conversations",
+    "lorenz_symbols",
+    "lorenz_trajectories",
     "names",
     "recall_episodes",
     "relation_names",

@@ -1,0 +1,1 @@
+"""Looking into models: sparse autoencoders, hooks, interventions, metrics and plots."""

@@ -1,0 +1,83 @@
+"""Figures, as PNG files (needs the extra `plots`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+
+MUTED = "0.6"
+
+
+def figure(rows: int = 1, columns: int = 1, width: float = 6.4, height: float = 4.0) -> tuple[Any, Any]:
+    """A figure and its axes [rows, columns], drawn without a display.
+
+    Raises:
+        ImportError: when matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("Figures need matplotlib: pip install 'senri_hf[plots]'") from error
+    drawing = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    FigureCanvasAgg(drawing)
+    return drawing, drawing.subplots(rows, columns, squeeze=False)
+
+
+def save(drawing: Any, path: str | Path) -> Path:
+    """Write a figure, under another name first; its path."""
+    path = Path(path)
+    if path.suffix != ".png":
+        raise ValueError(f"{path} was given, but figures are written as .png")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.tmp")
+    drawing.savefig(scratch, format="png", dpi=130)
+    return scratch.replace(path)
+
+
+def training_curves(
+    curves: dict[str, Sequence[tuple[float, float]]],
+    path: str | Path,
+    *,
+    y_label: str = "loss",
+    lines: dict[str, float] | None = None,
+    log: bool = False,
+) -> Path:
+    """Curves of (step, value) by name, and horizontal lines by name."""
+    drawing, ((axes,),) = figure()
+    for name, points in curves.items():
+        steps, values = zip(*points, strict=True)
+        axes.plot(steps, values, label=name)
+    for name, value in (lines or {}).items():
+        axes.axhline(value, linestyle="--", color=MUTED, label=f"{name} {value:.4g}")
+    if log:
+        axes.set_yscale("log")
+    axes.set(xlabel="step", ylabel=y_label)
+    axes.legend()
+    return save(drawing, path)
+
+
+def attention_maps(layers: Sequence[Tensor], labels: Sequence[str], path: str | Path, *, first: int = 0) -> Path:
+    """Attention weights of a sequence: for every layer [heads, T, T], a row of panels with a panel per head.
+
+    Args:
+        labels: T symbols of the sequence.
+        first: Index of the first of `layers` in its model, for the titles.
+    """
+    heads = layers[0].shape[0]
+    drawing, panels = figure(len(layers), heads, width=2.6, height=2.6)
+    for index, (layer, row) in enumerate(zip(layers, panels, strict=True)):
+        for head, axes in enumerate(row):
+            image = axes.imshow(layer[head].detach().float().numpy(), vmin=0, vmax=1, cmap="viridis")
+            ticks = np.arange(len(labels))
+            axes.set_xticks(ticks, labels)
+            axes.set_yticks(ticks, labels)
+            axes.set_title(f"layer {first + index}, head {head}", fontsize=9)
+    panels[-1][0].set(xlabel="symbol attended to", ylabel="symbol that attends")
+    drawing.colorbar(image, ax=panels, label="attention weight", shrink=0.6)
+    return save(drawing, path)

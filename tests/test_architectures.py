@@ -79,7 +79,7 @@ def test_a_memory_that_starts_from_known_attention_can_be_read(model_type: str) 
     with torch.device("meta"):
         reader = EpisodicReader(config, input_norm(layer, hidden.shape[-1]), attention_weights(layer))
         memory = EpisodicState.empty(2, hidden.shape[-1], config, hidden.device)
-        read, _ = reader(reader.encode(hidden), reader.project(memory))
+        read = reader(reader.encode(hidden), reader.project(memory)).added
     assert read.shape == hidden.shape
     scale = output_scale(layer)
     assert (scale is not None) == model_type.startswith("gemma")

@@ -163,12 +163,12 @@ def test_a_read_is_what_the_formulas_say(kind: str, store_slots: int, seed: int)
     held = state.buffer.clone().requires_grad_()
     state = replace(state, buffer=held)
     fast, plain = reader(asked, reader.project(state)), episodic_reference.read(reader, asked, state)
-    assert_close(fast[0], plain[0], "read")
-    assert_close(fast[1], plain[1], "access")
+    assert_close(fast.added, plain.added, "read")
+    assert_close(fast.access, plain.access, "access")
     learned = {name: p for name, p in reader.named_parameters() if "predictor" not in name}
-    weight = torch.randn(fast[0].shape)
+    weight = torch.randn(fast.added.shape)
     ours, theirs = (
-        torch.autograd.grad((out[0] * weight).sum(), [asked, held, *learned.values()], allow_unused=True)
+        torch.autograd.grad((out.added * weight).sum(), [asked, held, *learned.values()], allow_unused=True)
         for out in (fast, plain)
     )
     for name, a, b in zip(["tokens", "slots", *learned], ours, theirs, strict=True):
@@ -342,7 +342,7 @@ def test_what_a_forgotten_slot_holds_is_not_read(slot: str) -> None:
     reads = []
     for content in (0.0, 1.0, 300.0):
         filled = torch.where(dead[..., None], content * torch.randn(8), getattr(state, slot))
-        reads.append(reader(asked, reader.project(replace(state, **{slot: filled})))[0])
+        reads.append(reader(asked, reader.project(replace(state, **{slot: filled}))).added)
     assert_close(reads[1], reads[0])
     assert_close(reads[2], reads[0])
 
@@ -353,7 +353,7 @@ def test_a_memory_of_forgotten_slots_only_reads_nothing() -> None:
     reader = reader_of(config, "grouped")
     state = history(config, 5, rows=1).map(lambda t: torch.cat([t, t[..., :2]], -1) if t.dim() == 3 else t)
     state = pass_cycles(state, 99, config)
-    read, _ = reader(vectors(1, 3, torch.Generator().manual_seed(0), 8), reader.project(state))
+    read = reader(vectors(1, 3, torch.Generator().manual_seed(0), 8), reader.project(state)).added
     assert torch.equal(read, torch.zeros_like(read))
 
 

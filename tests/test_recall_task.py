@@ -155,11 +155,30 @@ def test_one_relation_can_be_asked_for_alone() -> None:
     assert {episode.questions[0].answer for episode in episodes} <= set(names("validation"))
 
 
+@pytest.mark.parametrize("kind", [{"facts": 6, "facts_per_conversation": 2, "distractors": 3}, {"correction": True}])
+def test_a_question_says_in_which_conversation_its_answer_was_told(kind: dict) -> None:
+    for episode in recall_episodes(40, **{"facts": 3, "questions": 2, **kind}):
+        for question in episode.questions:
+            holding = [i for i, told in enumerate(episode.told) if _tells(told, question.answer)]
+            assert question.told_in == holding[-1]
+
+
+def _tells(conversation: list[dict], value: str) -> bool:
+    return any(value.casefold() in m["content"].casefold() for m in conversation if m["role"] == "user")
+
+
+def test_a_mixture_of_few_tellings_tells_the_same_again_in_other_company() -> None:
+    episodes = list(itertools.islice(training_mixture(1, tellings=12), 300))
+    told = [repr(conversation) for episode in episodes for conversation in episode.told]
+    assert len(set(told)) < 0.75 * len(told)
+    assert len({repr(episode.told) for episode in episodes}) == len(episodes)
+
+
 def test_the_training_mixture_is_varied_and_keeps_to_training_data() -> None:
     episodes = list(itertools.islice(training_mixture(1), 400))
     told_name = {s.split("{v}")[0] for s in _relation("name")["statements"]["train"]}
     assert told_name
-    assert {len(episode.questions) for episode in episodes} == {1, 2, 3}
+    assert {len(episode.questions) for episode in episodes} == {2}
     assert max(len(question.wrong) for episode in episodes for question in episode.questions) >= 9
     held_out = set(relation_names("held_out"))
     assert not any(question.relation in held_out for episode in episodes for question in episode.questions)

@@ -10,7 +10,7 @@ from datasets import Dataset
 
 from senri_hf import EpisodeCollator, MemoryCache, MemoryTrainer, MemoryTrainingArguments
 from senri_hf.training import ask, encode_conversation, tell
-from senri_hf.training.trainer import SCALARS
+from senri_hf.training.trainer import SCALARS, retrieval_loss
 
 
 def say(text: str, reply: str, **marks: bool) -> list[dict[str, Any]]:
@@ -148,6 +148,50 @@ def test_options_that_exclude_each_other_are_refused(tmp_path: Path) -> None:
 def test_states_of_the_models_own_surprise_cannot_be_reused(tokenizer: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="predictor"):
         trainer(chat_model(tokenizer, surprise="nll"), tokenizer, tmp_path, reuse_told_states=True)
+
+
+def test_plain_text_is_read_without_the_template(tokenizer: Any) -> None:
+    encoded = encode_conversation(tokenizer, [{"role": "text", "content": "the sea and the sky", "keep": True}], 5)
+    assert encoded["input_ids"] == tokenizer("the sea and the sky")["input_ids"][:5]
+    assert encoded["keep"] == [1] * 5 and encoded["labels"] == [-100] * 5
+    with pytest.raises(ValueError, match="stands alone"):
+        encode_conversation(tokenizer, [{"role": "text", "content": "the sea"}, {"role": "user", "content": "hello"}])
+
+
+def test_the_batch_says_how_long_ago_an_answer_was_told(tokenizer: Any) -> None:
+    long = [say("i am as", "ok"), say("the sea", "ll"), say("who", "as", train=True, told_in=0)]
+    short = [say("hello", "ok"), say("who", "as", train=True)]
+    conversations = EpisodeCollator(tokenizer)([{"conversations": long}, {"conversations": short}])["conversations"]
+    assert [step["told_ago"].tolist() for step in conversations] == [[0, 0], [0, 0], [2, 0]]
+    with pytest.raises(ValueError, match="told_in=2"):
+        EpisodeCollator(tokenizer)([{"conversations": [*long[:2], say("who", "as", train=True, told_in=2)]}])
+
+
+def test_the_retrieval_loss_rewards_reading_where_the_answer_was_told() -> None:
+    """It is the contrastive loss over the conversations that are held, and says nothing of those that are not."""
+    absent = -torch.inf
+    scores = torch.tensor([[absent, 0.0, 1.0, absent], [absent, 0.0, 0.0, absent], [absent] * 4]).requires_grad_()
+    labelled = torch.ones(3, 1, dtype=torch.bool)
+    loss = retrieval_loss(scores[:, None, None], labelled, torch.tensor([2, 0, 1]))
+    assert torch.isclose(loss, torch.tensor(1.0).exp().add(1).log() - 1)
+    loss.backward()
+    assert scores.grad is not None and scores.grad.isfinite().all()
+    assert scores.grad[0, 2] < 0 < scores.grad[0, 1] and not scores.grad[1:].any()
+
+
+def test_retrieval_is_learned_where_it_is_said_where_an_answer_was_told(tokenizer: Any, tmp_path: Path) -> None:
+    def topic_gradient(weight: float, **told: int) -> torch.Tensor:
+        model = chat_model(tokenizer).train()
+        run = trainer(model, tokenizer, tmp_path, retrieval_loss_weight=weight)
+        facts = [say("i am as", "ok"), say("my name", "ok")]
+        batch = EpisodeCollator(tokenizer)([{"conversations": [*facts, say("who", "as", train=True, **told)]}])
+        loss, _ = run.run_episodes(model, batch["conversations"])
+        loss.backward()
+        return torch.cat([p.grad.flatten() for n, p in model.named_parameters() if "topic" in n and p.grad is not None])
+
+    without = topic_gradient(0.0, told_in=0)
+    assert torch.equal(topic_gradient(1.0), without)
+    assert not torch.allclose(topic_gradient(1.0, told_in=0), without)
 
 
 def test_a_batch_without_a_label_is_refused(model: Any, tokenizer: Any, tmp_path: Path) -> None:

@@ -10,7 +10,10 @@ import argparse
 import itertools
 import json
 import logging
+import random
+import textwrap
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -22,13 +25,19 @@ from transformers.trainer_utils import get_last_checkpoint
 import senri_hf
 from senri_hf.adapters import save_adapter
 from senri_hf.tasks import distractor_conversations, recall_episodes, training_mixture
+from senri_hf.tasks.text import ordinary_text
+
+
+PROSE_CHARACTERS = 280
+TELLINGS = 24
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", default="smollm2-135m-instruct", help="a name that senri_hf.load_base knows, a Hub id or a folder")
-    add("--lr", type=float, default=1e-4, help="learning rate; gates have 30 times as much")
+    add("--lr", type=float, default=1e-4, help="learning rate")
+    add("--gate-lr-multiplier", type=float, default=30.0, help="gates' learning rate as a multiple of that")
     add("--epochs", type=int, default=10, help="passes over the training episodes")
     add("--batch-size", type=int, default=1, help="episodes per forward pass")
     add("--grad-accum", type=int, default=4, help="forward passes per optimizer step")
@@ -52,6 +61,12 @@ def parse() -> argparse.Namespace:
         help="in every N-th episode small talk is to stay as without memory; 0: in none",
     )
     add(
+        "--prose-every",
+        type=int,
+        default=4,
+        help="after every N-th episode a piece of a novel is to be read as without memory; 0: after none",
+    )
+    add(
         "--read-told-live",
         action="store_true",
         help="read told conversations with memory, instead of once and without it",
@@ -61,12 +76,16 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def training_episodes(task: str, count: int, seed: int, keep_every: int) -> list[dict]:
-    """Episodes as lists of conversations. In every `keep_every`-th the last small talk is to stay as without memory."""
+def training_episodes(task: str, count: int, seed: int, keep_every: int, prose_every: int) -> list[dict]:
+    """Episodes as lists of conversations.
+
+    In every `keep_every`-th the last small talk, and in every `prose_every`-th a piece of prose before the questions,
+    is to stay as without memory.
+    """
     if task == "names":
         episodes = recall_episodes(count, split="train", relations="name", seed=seed)
     else:
-        episodes = list(itertools.islice(training_mixture(seed), count))
+        episodes = list(itertools.islice(training_mixture(seed, TELLINGS), count))
     ordinary = {conversation[0]["content"] for conversation in distractor_conversations("train")}
     rows = []
     for index, episode in enumerate(episodes):
@@ -75,7 +94,19 @@ def training_episodes(task: str, count: int, seed: int, keep_every: int) -> list
             for conversation in [c for c in conversations if c[0]["content"] in ordinary][-1:]:
                 conversation[-1]["keep"] = True
         rows.append({"conversations": conversations, "length": len(conversations)})
+    if prose_every:
+        for index, text in zip(range(0, count, prose_every), prose(seed), strict=False):
+            place = len(episodes[index].told)
+            rows[index]["conversations"].insert(place, [{"role": "text", "content": text, "keep": True}])
     return rows
+
+
+def prose(seed: int) -> Iterator[str]:
+    """Endless short pieces of a novel that no perplexity figure uses, in random order."""
+    pieces = [piece for text in ordinary_text("brother-jacob") for piece in textwrap.wrap(text, PROSE_CHARACTERS)]
+    chance = random.Random(seed)
+    while True:
+        yield chance.choice(pieces)
 
 
 def validation_episodes(task: str, count: int, seed: int) -> list[dict]:
@@ -183,6 +214,7 @@ def main() -> None:
             lr_scheduler_type="cosine",
             warmup_steps=10,
             weight_decay=0.01,
+            gate_learning_rate_multiplier=args.gate_lr_multiplier,
             reuse_told_states=not args.read_told_live,
             max_grad_norm=1.0,
             bf16=args.dtype == "bfloat16",
@@ -190,7 +222,9 @@ def main() -> None:
             report_to="none",
             seed=args.seed,
         ),
-        train_dataset=Dataset.from_list(training_episodes(args.task, args.num_train, args.seed, args.keep_every)),
+        train_dataset=Dataset.from_list(
+            training_episodes(args.task, args.num_train, args.seed, args.keep_every, args.prose_every)
+        ),
         eval_dataset=Dataset.from_list(validation_episodes(args.task, args.num_val, args.seed + 1)),
         data_collator=senri_hf.EpisodeCollator(tokenizer),
         callbacks=[History(args.checkpoint_dir)],

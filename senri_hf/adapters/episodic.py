@@ -85,7 +85,9 @@ class EpisodicBlock(EpisodicReader, MemoryBlock):
         if view is None:
             read, access = None, encoded.new_zeros(*real.shape, memory.config.store_slots, dtype=torch.float32)
         else:
-            read, access = self(encoded, view)
+            reading = self(encoded, view)
+            read, access = reading.added, reading.access
+            memory.conversation_scores = reading.conversation_scores
         if self.predictor is None:
             context.at_end(write_surprised, Written(memory, encoded, access))
         else:

@@ -232,6 +232,13 @@ class MemoryCache(DynamicCache):
             layer.losses = []
         return losses
 
+    def take_conversation_scores(self) -> list[Tensor]:
+        """How much the tokens of the last pass read which conversation, for each layer that tells (see `Reading`)."""
+        taken = [layer.conversation_scores for layer in self.memory_layers if layer.conversation_scores is not None]
+        for layer in self.memory_layers:
+            layer.conversation_scores = None
+        return taken
+
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
         self._map_recent(lambda tensor: tensor[indices.to(tensor.device)])

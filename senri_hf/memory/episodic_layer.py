@@ -219,7 +219,7 @@ class EpisodicLayer(MemoryLayer):
     def copy(self) -> "EpisodicLayer":
         """A layer that goes its own way from here. Tensors are shared: they are never changed in place."""
         layer = copy.copy(self)
-        layer.losses = []
+        layer.losses, layer.conversation_scores = [], None
         return layer
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -57,18 +57,36 @@ class MemoryView:
     keys: Tensor  # [B, G, N + M, d]
     topic_keys: Tensor  # [B, G, N + M, d]
     values: Tensor  # [B, G, N + M, d]
-    conversation: Tensor  # [B, C, N + M] 1 where a slot was written in a conversation, most recent first
+    conversation: Tensor  # [B, C, N + M] 1 where a slot was written in a conversation, by the conversation's age
     bias: Tensor  # [B, H, N + M] added to scores; minus infinity hides a slot
     stored: int  # M
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a reader makes of its tokens. H heads, M store slots, C conversations by age.
+
+    Attributes:
+        added: [B, T, D], to be added to the residual stream.
+        access: [B, T, M] the attention mass that every store slot received, a mean over heads.
+        conversation_scores: [B, H, T, C] the part of a slot's score that is its conversation's, minus infinity where
+            memory holds nothing of that conversation; None except in training.
+    """
+
+    added: Tensor
+    access: Tensor
+    conversation_scores: Tensor | None
 
 
 class EpisodicReader(nn.Module):
     """Multi-head cross-attention from a layer's tokens to the memory's slots, and the surprise of those tokens.
 
     Slots hold the layer's input divided by its RMS; norm and projections are applied when they are read, so that each
-    of them learns. The score of a slot is that of its own key, plus the evidence that the conversation in which it was
-    written is the one that is asked about: the log of the summed exponential of topic scores over that conversation's
-    slots. (A causal model's state of "Tom" in "Tom is my brother" knows nothing of a brother; the conversation does.)
+    of them learns. The score of a slot is that of its own key, plus the score of the conversation in which it was
+    written: topic_scale times the evidence that this conversation is the one asked about (the log of the summed
+    exponential of topic scores over its slots), less age_scale log(1 + age), so that heads learn how much they prefer
+    what was said last. (A causal model's state of "Tom" in "Tom is my brother" knows nothing of a brother; the
+    conversation does.)
 
     Beside the slots every head sees a null slot of value zero with a learned key and score: a token for which memory
     holds nothing reads nothing. What is read goes through a tanh gate per head, which starts at zero with
@@ -115,11 +133,7 @@ class EpisodicReader(nn.Module):
         return self.norm(encoded.to(self.gate.dtype))
 
     def project(self, memory: EpisodicState) -> MemoryView:
-        """Keys, values and score biases of all slots.
-
-        A buffer slot's bias is strength_scale log(strength); a store slot's is -age_scale log(1 + age): heads learn how
-        much they prefer what is recent.
-        """
+        """Keys, values and score biases of all slots: strength_scale log(strength) for those of the buffer."""
         slots = self.normalise(torch.cat([memory.buffer, memory.store], dim=1))
         keys = split_heads(self.k_proj(slots), self.num_key_value_heads)
         if self.k_norm is not None:
@@ -129,21 +143,16 @@ class EpisodicReader(nn.Module):
         age = torch.cat([memory.buffer_age, memory.store_age], dim=1).clamp_max(CONVERSATIONS - 1)
         live = torch.cat([memory.live_buffer(self.config), memory.live_store()], dim=1)
         decayed = self.strength_scale[:, None] * memory.strength.clamp_min(1e-9).log()[:, None]
-        aged = -self.age_scale[:, None] * torch.log1p(memory.store_age)[:, None]
-        bias = torch.cat([decayed, aged], dim=-1).masked_fill(~live[:, None], -torch.inf)
+        bias = torch.nn.functional.pad(decayed, (0, memory.store.shape[1])).masked_fill(~live[:, None], -torch.inf)
         conversation = age[:, None] == torch.arange(CONVERSATIONS, device=age.device)[:, None]
         conversation = (conversation & live[:, None]).to(torch.float32)
         return MemoryView(keys, topic_keys, values, conversation, bias, memory.store.shape[1])
 
-    def forward(self, encoded: Tensor, view: MemoryView) -> tuple[Tensor, Tensor]:
+    def forward(self, encoded: Tensor, view: MemoryView) -> Reading:
         """Read memory.
 
         Args:
             encoded: [B, T, D], what `encode` made of the layer's input.
-
-        Returns:
-            What to add to the residual stream, [B, T, D], and the attention mass that every store slot received from
-            each token, [B, T, M], a mean over heads.
         """
         batch, length, _ = encoded.shape
         encoded = self.normalise(encoded)
@@ -154,10 +163,8 @@ class EpisodicReader(nn.Module):
         query = query.reshape(batch, self.num_key_value_heads, groups * length, -1)
         score = (query @ view.keys.transpose(2, 3)).view(batch, self.num_heads, length, -1)
         score = score.float() * self.scale + view.bias[:, :, None]
-        topic = self.topic_score(encoded, view)[:, :, None] * self.topic_scale.view(
-            1, self.num_key_value_heads, -1, 1, 1
-        )
-        score = score + topic.flatten(1, 2)
+        conversations = self.score_conversations(encoded, view)
+        score = score + conversations @ view.conversation[:, None]
         null = (query @ self.null_key[..., None]).float().view(batch, self.num_heads, length, 1) * self.scale
         null = null + self.null_score.float()[:, None, None]
         weight = torch.cat([score, null], dim=-1).softmax(-1)[..., :-1]
@@ -165,17 +172,23 @@ class EpisodicReader(nn.Module):
         weight = weight * self.gate.float().tanh()[:, None, None]
         weight = weight.to(view.values.dtype).view(batch, self.num_key_value_heads, groups * length, -1)
         read = (weight @ view.values).view(batch, self.num_heads, length, -1).transpose(1, 2)
-        return self.o_proj(read.reshape(batch, length, -1)), access
+        added = self.o_proj(read.reshape(batch, length, -1))
+        if not self.training:
+            return Reading(added, access, None)
+        absent = ~view.conversation.any(-1)[:, None, None]
+        return Reading(added, access, conversations.masked_fill(absent, -torch.inf))
 
-    def topic_score(self, encoded: Tensor, view: MemoryView) -> Tensor:
-        """Evidence for the conversation of every slot, [B, G, T, N + M]."""
+    def score_conversations(self, encoded: Tensor, view: MemoryView) -> Tensor:
+        """How much every token reads every conversation, [B, H, T, C] by age, before slots are told apart."""
         query = split_heads(self.topic_q_proj(encoded), self.num_key_value_heads)
         match = (query @ view.topic_keys.transpose(2, 3)).float() * self.scale
         hidden = ~view.conversation.bool().any(1)[:, None, None]  # empty and forgotten slots are no evidence
         match = match.masked_fill(hidden, torch.finfo(match.dtype).min)
         match = match - match.detach().amax(-1, keepdim=True)
         evidence = (match.exp() @ view.conversation[:, None].transpose(2, 3)).clamp_min(1e-9).log()
-        return evidence @ view.conversation[:, None]
+        evidence = evidence.repeat_interleave(self.num_heads // self.num_key_value_heads, dim=1)
+        age = torch.log1p(torch.arange(CONVERSATIONS, device=evidence.device))
+        return self.topic_scale[:, None, None] * evidence - self.age_scale[:, None, None] * age
 
     def view_of(self, layer: EpisodicLayer) -> MemoryView | None:
         """The committed memory of a cache layer, None for a blank one.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..configuration import EpisodicConfig
 from .episodic import ACCESS_IMPORTANCE, AGE_IMPORTANCE, EMPTY, SURPRISE_IMPORTANCE, EpisodicState
-from .episodic_reader import CONVERSATIONS, EpisodicReader
+from .episodic_reader import CONVERSATIONS, EpisodicReader, Reading
 
 
 def stage_segment(
@@ -159,14 +159,11 @@ def write_buffer(state: EpisodicState, tokens: list[Tensor], first: int, config:
     )
 
 
-def read(reader: EpisodicReader, encoded: Tensor, memory: EpisodicState) -> tuple[Tensor, Tensor]:
+def read(reader: EpisodicReader, encoded: Tensor, memory: EpisodicState) -> Reading:
     """What a reader adds to the residual stream and the mass on store slots: `reader(encoded, reader.project(memory))`.
 
     Args:
         encoded: [B, T, D].
-
-    Returns:
-        [B, T, D] and [B, T, M].
     """
     added, access = [], []
     for row in range(encoded.shape[0]):
@@ -197,12 +194,13 @@ def read(reader: EpisodicReader, encoded: Tensor, memory: EpisodicState) -> tupl
                 for slot in living:
                     together = [topic[other] for other in living if ages[other] == ages[slot]]
                     evidence = (torch.stack(together) - largest).exp().sum().clamp_min(1e-9).log()
+                    conversation = reader.topic_scale[head] * evidence - reader.age_scale[head] * math.log(
+                        1 + ages[slot]
+                    )
+                    score = reader.scale * queries[head] @ keys[slot, group] + conversation
                     if slot < buffered:
-                        bias = reader.strength_scale[head] * memory.strength[row, slot].log()
-                    else:
-                        bias = -reader.age_scale[head] * torch.log1p(memory.store_age[row, slot - buffered])
-                    score = reader.scale * queries[head] @ keys[slot, group]
-                    scores.append(score + bias + reader.topic_scale[head] * evidence)
+                        score = score + reader.strength_scale[head] * memory.strength[row, slot].log()
+                    scores.append(score)
                 null = reader.scale * queries[head] @ reader.null_key[group] + reader.null_score[head]
                 weights = torch.stack([*scores, null]).softmax(0)
                 seen = torch.zeros(buffered + stored)
@@ -215,7 +213,7 @@ def read(reader: EpisodicReader, encoded: Tensor, memory: EpisodicState) -> tupl
             added.append(reader.o_proj(torch.cat(heads)))
             access.append(torch.stack(mass).mean(0))
     shape = encoded.shape[:2]
-    return torch.stack(added).unflatten(0, shape), torch.stack(access).unflatten(0, shape)
+    return Reading(torch.stack(added).unflatten(0, shape), torch.stack(access).unflatten(0, shape), None)
 
 
 def cosine(a: Tensor, b: Tensor) -> float:

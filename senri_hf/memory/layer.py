@@ -25,6 +25,8 @@ class MemoryLayer(DummyLayer):
         is_read_only: While True, nothing at all is written.
         writes_generated: Whether tokens that `generate()` produced are written too.
         losses: Losses of the mechanism's own parts, until the trainer takes them.
+        conversation_scores: In training, how much the tokens of the last pass read which past conversation
+            ([B, H, T, C] by age), until the trainer takes them; mechanisms that do not tell them apart leave it None.
     """
 
     supports_early_init = False
@@ -45,6 +47,7 @@ class MemoryLayer(DummyLayer):
         self.is_read_only = False
         self.writes_generated = True
         self.losses: list[Tensor] = []
+        self.conversation_scores: Tensor | None = None
 
     # What a mechanism provides.
 

@@ -34,7 +34,8 @@ class Question:
     """A conversation that asks for one fact told earlier.
 
     ``messages`` ends with the user's question; ``reply`` is the sentence the assistant should give, ``answer`` the
-    value in it, and ``wrong`` the values that must not appear in a reply (a corrected value, values of other facts).
+    value in it, ``wrong`` the values that must not appear in a reply (a corrected value, values of other facts), and
+    ``told_in`` the index of the told conversation that holds the answer.
     """
 
     messages: Conversation
@@ -42,11 +43,13 @@ class Question:
     relation: str
     answer: str
     wrong: tuple[str, ...] = ()
+    told_in: int | None = None
 
     @property
     def conversation(self) -> Conversation:
         """The question followed by the assistant's reply, which is labelled to be learned."""
-        return [*self.messages, {"role": "assistant", "content": self.reply, "train": True}]
+        reply = {"role": "assistant", "content": self.reply, "train": True, "told_in": self.told_in}
+        return [*self.messages, reply]
 
 
 @dataclass(frozen=True)
@@ -163,12 +166,16 @@ def _draw_value(
     used: list[str],
     texts: list[str],
     earlier: frozenset[str] = frozenset(),
+    tellings: int | None = None,
 ) -> str | None:
     """A value that overlaps with no used value and with none of the texts, or None where there is none.
 
     Values of `earlier` episodes come last.
     """
     pool = load_data()["values"][relation["category"]][split]
+    if tellings is not None:
+        most = tellings * (8 if relation["key"] == NAME_RELATION else 1)
+        pool = random.Random(relation["key"]).sample(pool, min(most, len(pool)))
     for value in sorted(rng.sample(pool, len(pool)), key=lambda value: value in earlier):
         bare = _ARTICLE.sub("", _normal(value))
         if not any(_overlap(value, other) for other in used) and not any(_contains(text, bare) for text in texts):
@@ -191,20 +198,21 @@ def _build(
     correction: bool,
     questions: int,
     earlier: frozenset[str] = frozenset(),
+    tellings: int | None = None,
 ) -> Episode:
     for _ in range(1000):
         told = rng.sample(pool, facts)
         texts = [text for relation in told for text in _fixed_words(relation)]
         used: list[str] = []
         for relation in told:
-            value = _draw_value(rng, relation, split, used, texts, earlier)
+            value = _draw_value(rng, relation, split, used, texts, earlier, tellings)
             if value is None:
                 break
             used.append(value)
         if len(used) < facts:  # a small category (the weekdays) was drawn too often: draw other relations
             continue
         asked = rng.sample(range(facts), questions)
-        renewed = _draw_value(rng, told[asked[0]], split, used, texts) if correction else None
+        renewed = _draw_value(rng, told[asked[0]], split, used, texts, tellings=tellings) if correction else None
         if correction and renewed is None:
             continue
         break
@@ -215,23 +223,35 @@ def _build(
         )
 
     acknowledgements = load_data()["acknowledgements"]
-    pairs = zip(told, used, strict=True)
-    statements = [fill(rng.choice(relation["statements"][split]), value) for relation, value in pairs]
-    conversations = []
-    for start in range(0, facts, facts_per_conversation):
-        conversation: Conversation = []
-        for statement in statements[start : start + facts_per_conversation]:
-            conversation += _exchange(statement, rng.choice(acknowledgements))
-        conversations.append(conversation)
+
+    def exchange(relation: dict[str, Any], phrasings: list[str], value: str) -> Conversation:
+        chance = rng if tellings is None else random.Random(f"{relation['key']} {value}")
+        return _exchange(fill(chance.choice(phrasings), value), chance.choice(acknowledgements))
+
+    exchanges = [
+        exchange(relation, relation["statements"][split], value) for relation, value in zip(told, used, strict=True)
+    ]
+    conversations = [
+        [message for pair in exchanges[start : start + facts_per_conversation] for message in pair]
+        for start in range(0, facts, facts_per_conversation)
+    ]
+    told_in = [index // facts_per_conversation for index in range(facts)]
     current = list(used)
+
+    def insert(place: int, conversation: Conversation) -> None:
+        conversations.insert(place, conversation)
+        told_in[:] = [index + (index >= place) for index in told_in]
+
     if renewed is not None:  # told again at any place after the conversation with the first value
         current[asked[0]] = renewed
-        correcting = _exchange(fill(rng.choice(told[asked[0]]["corrections"]), renewed), rng.choice(acknowledgements))
-        conversations.insert(rng.randint(asked[0] // facts_per_conversation + 1, len(conversations)), correcting)
+        correcting = exchange(told[asked[0]], told[asked[0]]["corrections"], renewed)
+        place = rng.randint(told_in[asked[0]] + 1, len(conversations))
+        insert(place, correcting)
+        told_in[asked[0]] = place
     others = rng.sample(load_data()["distractors"][split], distractors)
     for entry in others:
         place = rng.randint(0, len(conversations)) if split == "train" else len(conversations)
-        conversations.insert(place, _exchange(entry["user"], entry["assistant"]))
+        insert(place, _exchange(entry["user"], entry["assistant"]))
 
     asking = []
     for index in asked:
@@ -243,6 +263,7 @@ def _build(
                 relation=relation["key"],
                 answer=answer,
                 wrong=tuple(value for value in dict.fromkeys([*used, *current]) if value != answer),
+                told_in=told_in[index],
             )
         )
     return Episode(told=conversations, questions=asking)
@@ -300,27 +321,31 @@ def recall_episodes(
     return episodes
 
 
-def training_mixture(seed: int = 0) -> Iterator[Episode]:
+def training_mixture(seed: int = 0, tellings: int | None = None) -> Iterator[Episode]:
     """Endless varied training episodes, the same for the same seed.
 
-    Mostly one to four facts, sometimes up to ten, sometimes several in a conversation; a quarter with a correction,
-    four in ten with one, two, three or eight distractors, about a quarter with the user's name among the facts; one to
-    three questions.
+    Two to ten facts, sometimes several in a conversation; three in ten with a correction, four in ten with one, two,
+    three or eight distractors, about a quarter with the user's name among the facts; two questions.
+
+    With ``tellings`` every relation has at most that many values (the user's name eight times as many) and a value is
+    always told in the same words: conversations come again in other company, and need not be read again to train.
     """
+    if tellings is not None:
+        _check_count("tellings", tellings, 12)
     rng = random.Random(seed)
     pool = [relation for relation in _relations("train") if relation["key"] != NAME_RELATION]
     (name,) = _relations(NAME_RELATION)
     while True:
-        facts = rng.randint(5, 10) if rng.random() < 0.15 else rng.randint(1, 4)
+        facts = rng.randint(2, 10)
         chosen = rng.sample(pool, facts)
         if rng.random() < 0.25:
             chosen[0] = name
         if not _room(chosen):  # more facts about weekdays, say, than there are weekdays
             continue
-        together = rng.randint(2, facts) if facts > 1 and rng.random() < 0.3 else 1
+        together = rng.randint(2, facts) if rng.random() < 0.15 else 1
         distractors = rng.choice((1, 2, 3, 8)) if rng.random() < 0.4 else 0
         yield _build(
-            rng, chosen, "train", facts, together, distractors, rng.random() < 0.25, rng.randint(1, min(3, facts))
+            rng, chosen, "train", facts, together, distractors, rng.random() < 0.3, questions=2, tellings=tellings
         )
 
 

@@ -19,6 +19,9 @@ class MemoryTrainingArguments(TrainingArguments):
             once and reuse it whenever the same text is told again. Several epochs over long episodes then cost little
             more than their questions; what is given up is that memory also shaped how later conversations were read.
         keep_loss_weight: Weight of the divergence from the base model where a conversation is marked `keep`.
+        retrieval_loss_weight: Weight of a loss on which conversation an answer is read from, where an episode says in
+            which one it was told: the contrastive loss of dense retrieval (Karpukhin et al. 2020, eq. 2) with the
+            episode's other conversations as negatives.
     """
 
     detach_every: int = field(default=1, metadata={"help": "Conversations between cuts of the gradient."})
@@ -28,6 +31,9 @@ class MemoryTrainingArguments(TrainingArguments):
     predictor_loss_weight: float = field(default=1.0, metadata={"help": "Weight of the surprise predictor's loss."})
     reuse_told_states: bool = field(default=False, metadata={"help": "Read told conversations once, without memory."})
     keep_loss_weight: float = field(default=1.0, metadata={"help": "Weight of staying as the base model is."})
+    retrieval_loss_weight: float = field(
+        default=0.3, metadata={"help": "Weight of reading from the conversation in which the answer was told."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -40,6 +46,11 @@ class MemoryTrainingArguments(TrainingArguments):
                 f"reuse_told_states was given with detach_every={self.detach_every}, but no gradient leads into states "
                 "that are reused; use one of the two"
             )
-        for name in ("gate_learning_rate_multiplier", "predictor_loss_weight", "keep_loss_weight"):
+        for name in (
+            "gate_learning_rate_multiplier",
+            "predictor_loss_weight",
+            "keep_loss_weight",
+            "retrieval_loss_weight",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} was given, but it must not be negative")

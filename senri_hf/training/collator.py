@@ -15,6 +15,7 @@ class EpisodeCollator:
     """Makes a batch of episodes, each `{"conversations": [...]}`.
 
     A conversation is a list of chat messages, or `{"input_ids": [...], "labels": [...]}` made by `encode_conversation`.
+    An answer that is to be learned may say, as `"told_in"`, in which conversation of its episode it was told.
     Episodes of a batch may have different numbers of conversations: the last ones stand side by side, and a row that
     has none yet is all padding, which memory passes by.
 
@@ -23,8 +24,9 @@ class EpisodeCollator:
         max_length: Tokens of a conversation to keep, the last ones.
 
     Returns (when called):
-        `{"conversations": [...]}`, for every step a dict of `input_ids`, `attention_mask`, `labels` and `keep` [B, T],
-        and `learns`, `keeps`: whether any token of it is labelled, or marked to stay as it is without memory.
+        `{"conversations": [...]}`, for every step a dict of `input_ids`, `attention_mask`, `labels` and `keep` [B, T];
+        `told_ago` [B], how many conversations ago the answer was told, 0 where that is not said; and `learns`, `keeps`:
+        whether any token of it is labelled, or marked to stay as it is without memory.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -46,7 +48,12 @@ class EpisodeCollator:
         steps = max(len(row) for row in rows)
         nothing: dict[str, list[int]] = {"input_ids": [], "labels": [], "keep": []}
         aligned = [[nothing] * (steps - len(row)) + row for row in rows]
-        return {"conversations": [self.pad([row[step] for row in aligned]) for step in range(steps)]}
+        batch = [self.pad([row[step] for row in aligned]) for step in range(steps)]
+        told_ago = torch.zeros(steps, len(rows), dtype=torch.long)
+        for row, episode in enumerate(episodes):
+            conversations = episode["conversations"]
+            told_ago[steps - len(conversations) :, row] = torch.tensor(list(map(ago, range(steps), conversations)))
+        return {"conversations": [step | {"told_ago": told_ago[index]} for index, step in enumerate(batch)]}
 
     def encode(self, conversation: Any) -> dict[str, list[int]]:
         if isinstance(conversation, dict):
@@ -69,3 +76,15 @@ class EpisodeCollator:
         batch["learns"] = any(label != IGNORED for row in columns["labels"] for label in row)
         batch["keeps"] = any(kept for row in columns["keep"] for kept in row)
         return batch
+
+
+def ago(index: int, conversation: Any) -> int:
+    """How many conversations before this one, the episode's `index`-th, its answer was told; 0 where it is not said."""
+    told_in = None if isinstance(conversation, dict) else conversation[-1].get("told_in")
+    if told_in is None:
+        return 0
+    if not 0 <= told_in < index:
+        raise ValueError(
+            f"told_in={told_in} was given in conversation {index} of an episode, but it must name an earlier one"
+        )
+    return index - int(told_in)

@@ -15,7 +15,8 @@ def encode_conversation(
 
     Args:
         messages: Chat messages with `role` and `content`. `"train": True` marks an answer to be learned, `"keep": True`
-            one at which the model is to stay as it is without memory.
+            one at which the model is to stay as it is without memory. A single message of role `"text"` is plain text,
+            read as it is, without the template.
         max_length: Tokens to keep, the last ones.
 
     Returns:
@@ -25,6 +26,8 @@ def encode_conversation(
     Raises:
         ValueError: when the tokenizer has no chat template, or a marked message is not the assistant's.
     """
+    if messages[0]["role"] == "text":
+        return encode_text(tokenizer, messages, max_length)
     if tokenizer.chat_template is None:
         raise ValueError(
             "The tokenizer has no chat template, so conversations cannot be written as text. Set "
@@ -53,3 +56,16 @@ def encode_conversation(
                     keep[position] = 1
     cut = slice(-max_length, None) if max_length is not None else slice(None)
     return {"input_ids": ids[cut], "labels": labels[cut], "keep": keep[cut]}
+
+
+def encode_text(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], max_length: int | None
+) -> dict[str, list[int]]:
+    """A conversation that is one plain text; its first `max_length` tokens."""
+    (message,) = messages if len(messages) == 1 else (None,)
+    if message is None or message.get("train"):
+        raise ValueError(
+            'A message of role "text" is a whole conversation and is not learned: it stands alone, without "train"'
+        )
+    ids = tokenizer(message["content"], truncation=max_length is not None, max_length=max_length)["input_ids"]
+    return {"input_ids": ids, "labels": [IGNORED] * len(ids), "keep": [int(bool(message.get("keep")))] * len(ids)}

@@ -1,5 +1,6 @@
 """Training of memory on episodes."""
 
+import math
 from typing import Any, cast
 
 import torch
@@ -78,7 +79,7 @@ class MemoryTrainer(Trainer):
         if self.told is not None:
             self.told.read(conversations)
         learning = torch.is_grad_enabled()
-        losses, counts, exact = [], [], []
+        losses, counts, exact, retrieved = [], [], [], []
         for index, conversation in enumerate(conversations):
             learns = bool(conversation["learns"])
             if conversation["keeps"] and self.args.keep_loss_weight:
@@ -100,6 +101,11 @@ class MemoryTrainer(Trainer):
                 )
                 labelled = target != IGNORED
                 counts.append(labelled.sum())
+                retrieved += [
+                    retrieval_loss(scores[:, :, columns], labelled, conversation["told_ago"])
+                    for scores in memory.take_conversation_scores()
+                    if bool(conversation["told_ago"].any())
+                ]
                 right = ((logits.argmax(-1) == target) | ~labelled).all(1).float()
                 exact.append(right.masked_fill(~labelled.any(1), torch.nan))
             memory.clear_context()
@@ -113,6 +119,8 @@ class MemoryTrainer(Trainer):
         predicted = memory.take_losses()
         if predicted and self.args.predictor_loss_weight:
             loss = loss + self.args.predictor_loss_weight * torch.stack(predicted).mean()
+        if retrieved and self.args.retrieval_loss_weight:
+            loss = loss + self.args.retrieval_loss_weight * torch.stack(retrieved).mean()
         rows = conversations[0]["input_ids"].shape[0]
         return loss, torch.stack(exact) if exact else loss.new_full((1, rows), torch.nan)
 
@@ -150,6 +158,25 @@ class MemoryTrainer(Trainer):
             loss, exact = self.run_episodes(model, inputs["conversations"])
         share = exact.nanmean(0)
         return loss.detach(), share, share
+
+
+def retrieval_loss(scores: Tensor, labelled: Tensor, told_ago: Tensor) -> Tensor:
+    """-log of the probability that a token reads the conversation in which its answer was told, a mean over heads.
+
+    The mean is of probabilities, not of losses: heads may go on looking elsewhere as long as some look there.
+
+    Args:
+        scores: [B, H, T, C] of conversations by age, minus infinity for those of which nothing is held.
+        labelled: [B, T] the tokens that count. told_ago: [B] the age asked for, 0 where it is not known.
+    """
+    rows = torch.arange(scores.shape[0], device=scores.device)
+    age = told_ago.clamp_max(scores.shape[-1] - 1)
+    known = (told_ago > 0) & scores[rows, 0, 0, age].isfinite() & labelled.any(1)
+    if not bool(known.any()):
+        return scores.new_zeros(())
+    scores, labelled, age = scores[known].float(), labelled[known], age[known]
+    log_share = scores.log_softmax(-1)[torch.arange(len(age), device=age.device), :, :, age]
+    return -(log_share.logsumexp(1) - math.log(scores.shape[1]))[labelled].mean()
 
 
 def model_inputs(conversation: dict[str, Any]) -> dict[str, Tensor]:

@@ -1,0 +1,212 @@
+"""Banks: learnable rows in chapters, of which only those that are read are ever computed."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..configuration import BankConfig
+from .bank_quantized import dequantize, fake_quantize, quantize
+
+
+class _TakeChapters(torch.autograd.Function):
+    """Chapters [A] of rows [C * T, D] as [A, T, D]; the gradient is sparse: as large as what was read."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, chapters: Tensor, length: int) -> Tensor:
+        ctx.save_for_backward(chapters)
+        ctx.shape, ctx.length = rows.shape, length
+        return rows.unflatten(0, (-1, length))[chapters]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (chapters,) = ctx.saved_tensors
+        index = chapters[:, None] * ctx.length + torch.arange(ctx.length, device=chapters.device)
+        sparse = torch.sparse_coo_tensor(index.flatten()[None], grad.flatten(0, 1), ctx.shape, check_invariants=False)
+        return sparse, None, None
+
+
+class _Open(torch.autograd.Function):
+    """The identity, at which the sparse gradients of all that was read become one dense gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        return rows.view_as(rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.to_dense() if grad.is_sparse else grad
+
+
+class Table(nn.Module):
+    """Rows [rows, width], as a parameter or as codes of a few bits.
+
+    Args:
+        bits: Bits a value in which the rows are read; None reads them as they are.
+        stored: Whether the codes are what is held; the rows are frozen then.
+    """
+
+    codes: Tensor
+    scales: Tensor
+
+    def __init__(self, rows: int, width: int, bits: int | None = None, stored: bool = False) -> None:
+        super().__init__()
+        self.rows, self.width, self.bits, self.stored = rows, width, bits, stored
+        if stored:
+            assert bits is not None
+            self._hold(*quantize(torch.zeros(rows, width), bits))
+        else:
+            self.weight = nn.Parameter(torch.empty(rows, width))
+
+    def extra_repr(self) -> str:
+        bits = f", {self.bits} bits{' stored' if self.stored else ''}" if self.bits else ""
+        return f"{self.rows}, {self.width}{bits}"
+
+    def _hold(self, codes: Tensor, scales: Tensor) -> None:
+        self.register_buffer("codes", codes)
+        self.register_buffer("scales", scales)
+
+    def store(self, bits: int) -> None:
+        """Hold codes of `bits` bits instead of floats from now on."""
+        if self.stored:
+            raise ValueError(f"The bank is held in {self.bits} bits already; quantize a copy that has its floats")
+        codes, scales = quantize(self.weight.detach(), bits)
+        del self.weight
+        self.bits, self.stored = bits, True
+        self._hold(codes, scales)
+
+    def forward(self) -> "OpenTable":
+        """The table as a forward pass reads it: opened once, however many layers read it."""
+        if self.stored:
+            return OpenTable(self, self.codes)
+        opened: Tensor = _Open.apply(self.weight)  # type: ignore[no-untyped-call]
+        return OpenTable(self, opened)
+
+
+@dataclass(frozen=True)
+class OpenTable:
+    """A table that is read. `held` is its parameter, or its codes."""
+
+    table: Table
+    held: Tensor
+
+    def all(self) -> Tensor:
+        """All rows, [rows, width]."""
+        return self._rows(self.held, self.table.scales if self.table.stored else None)
+
+    def chapters(self, chapters: Tensor, length: int) -> Tensor:
+        """Chapters [A] of `length` rows each: [A, length, width]."""
+        if self.table.stored:
+            codes, scales = (t.unflatten(0, (-1, length))[chapters] for t in (self.held, self.table.scales))
+            return self._rows(codes, scales)
+        taken: Tensor = _TakeChapters.apply(self.held, chapters, length)  # type: ignore[no-untyped-call]
+        return self._rows(taken, None)
+
+    def _rows(self, held: Tensor, scales: Tensor | None) -> Tensor:
+        bits = self.table.bits
+        if scales is not None:
+            assert bits is not None
+            return dequantize(held, scales, bits, self.table.width)
+        return held if bits is None else fake_quantize(held, bits)
+
+
+class MemoryBank(nn.Module):
+    """A bank M [rows, width] of memory tokens that layers read by cross-attention.
+
+    *standard*: M itself. *factorized*: M = A B^T, A [rows, rank], B [width, rank] with variance 1 / rank. *reduced_dim*:
+    M [rows, rank], read in `rank` dimensions.
+
+    Args:
+        hidden_size: The model's, which is the width of rows where nothing else says so.
+    """
+
+    def __init__(self, config: BankConfig, hidden_size: int) -> None:
+        super().__init__()
+        self.init_std = config.memory_init_std
+        self.chapter_length = config.tokens_per_chapter
+        bits, stored = (config.memory_quant_bits if config.quantize_memory else None), config.quantized_storage
+        self.width = row_width(config, hidden_size)
+        factorized = config.use_low_rank_memory and config.low_rank_mode == "factorized"
+        self.tokens = Table(config.bank_rows, config.memory_rank if factorized else self.width, bits, stored)
+        self.basis = Table(self.width, config.memory_rank, bits, stored) if factorized else None
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the bank anew."""
+        if self.tokens.stored:
+            return
+        nn.init.normal_(self.tokens.weight, std=self.init_std)
+        if self.basis is not None:
+            nn.init.normal_(self.basis.weight, std=self.basis.width**-0.5)
+
+    def forward(self) -> "OpenBank":
+        """The bank as one forward pass reads it."""
+        return OpenBank(self.tokens(), None if self.basis is None else self.basis(), self.chapter_length)
+
+    def store_quantized(self, bits: int) -> None:
+        """Hold codes of 8 or 4 bits instead of floats from now on.
+
+        Raises:
+            ValueError: when it does already.
+        """
+        self.tokens.store(bits)
+        if self.basis is not None:
+            self.basis.store(bits)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what is held, scales included."""
+        held = [*self.parameters(), *self.buffers()]
+        return sum(tensor.numel() * tensor.element_size() for tensor in held)
+
+
+@dataclass(frozen=True)
+class OpenBank:
+    """A bank that is read."""
+
+    tokens: OpenTable
+    basis: OpenTable | None
+    chapter_length: int
+
+    def all(self) -> Tensor:
+        """All rows, [rows, width]."""
+        return self._spread(self.tokens.all())
+
+    def chapters(self, chapters: Tensor) -> Tensor:
+        """The rows of chapters [A]: [A, T, width]."""
+        return self._spread(self.tokens.chapters(chapters, self.chapter_length))
+
+    def _spread(self, rows: Tensor) -> Tensor:
+        return rows if self.basis is None else rows @ self.basis.all().transpose(0, 1)
+
+
+def row_width(config: BankConfig, hidden_size: int) -> int:
+    """The width of a bank's rows."""
+    if config.use_low_rank_memory and config.low_rank_mode == "reduced_dim":
+        return config.memory_rank
+    return config.memory_dim or hidden_size
+
+
+def attention_width(config: BankConfig, hidden_size: int) -> int:
+    """The width of queries, keys and values, all heads together."""
+    reduced = config.use_low_rank_memory and config.low_rank_mode == "reduced_dim"
+    return config.memory_rank if reduced else hidden_size
+
+
+def attention_heads(config: BankConfig, hidden_size: int, model_heads: int) -> int:
+    """The number of heads of the cross-attention.
+
+    Raises:
+        ValueError: when the number that is asked for does not divide the width.
+    """
+    width = attention_width(config, hidden_size)
+    if config.memory_num_heads is None:
+        return next(heads for heads in range(min(model_heads, width), 0, -1) if width % heads == 0)
+    if width % config.memory_num_heads:
+        raise ValueError(
+            f"memory_num_heads={config.memory_num_heads} was given, but it must divide the width {width} of the "
+            "memory's attention"
+        )
+    return config.memory_num_heads

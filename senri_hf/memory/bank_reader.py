@@ -1,0 +1,182 @@
+"""Cross-attention from a layer's tokens to a bank."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..configuration import BankConfig
+from .bank import OpenBank, attention_heads, attention_width, row_width
+from .bank_layer import BankLayer
+from .bank_router import ChapterRouter, Choice, RouterRecord, RouterState, routed_by
+from .chapter_attention import Groups, chapter_attention
+
+
+class LowRankProjection(nn.Module):
+    """up(down(x))."""
+
+    def __init__(self, inputs: int, outputs: int, rank: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(inputs, rank, bias=False)
+        self.up = nn.Linear(rank, outputs, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(self.down(x))
+
+
+class BankAttention(nn.Module):
+    """Multi-head cross-attention to a bank, of the whole of it or of the chapters that a router chooses.
+
+    read(x) = W_o sum_c w_c softmax(W_q x (W_k M_c)^T / sqrt(d)) W_v M_c, with a softmax of its own for every chapter c.
+
+    Args:
+        model_heads: Heads of the model's own attention.
+        dropout: On what is read, where the config does not say.
+        init_std: Standard deviation of new projections.
+    """
+
+    def __init__(
+        self, config: BankConfig, hidden_size: int, model_heads: int, dropout: float = 0.0, init_std: float = 0.02
+    ) -> None:
+        super().__init__()
+        self.config, self.hidden_size, self.init_std = config, hidden_size, init_std
+        width, rows = attention_width(config, hidden_size), row_width(config, hidden_size)
+        self.num_heads = attention_heads(config, hidden_size, model_heads)
+        self.scale = (width // self.num_heads) ** -0.5
+        self.q_proj = self._projection(hidden_size, width)
+        self.k_proj = self._projection(rows, width)
+        self.v_proj = self._projection(rows, width)
+        self.o_proj = self._projection(width, hidden_size)
+        self.dropout = nn.Dropout(dropout if config.memory_dropout is None else config.memory_dropout)
+        self.router = ChapterRouter(config, hidden_size) if config.use_chapters else None
+        self.reset_parameters()
+
+    def _projection(self, inputs: int, outputs: int) -> nn.Module:
+        if self.config.use_low_rank_projections:
+            return LowRankProjection(inputs, outputs, self.config.projection_rank)
+        return nn.Linear(inputs, outputs, bias=False)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the projections and the router anew; with `wo_init_zero` the output is zero again."""
+        for projection in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
+            for linear in projection.modules():
+                if isinstance(linear, nn.Linear):
+                    nn.init.normal_(linear.weight, std=self.init_std)
+        if self.config.wo_init_zero:
+            last = self.o_proj.up if isinstance(self.o_proj, LowRankProjection) else self.o_proj
+            nn.init.zeros_(last.weight)  # type: ignore[arg-type]
+        if self.router is not None:
+            self.router.reset_parameters()
+
+    @property
+    def strategy(self) -> str:
+        """What tokens are routed by now."""
+        return self.config.routing_strategy_train if self.training else self.config.routing_strategy_inference
+
+    def forward(
+        self,
+        x: Tensor,
+        bank: OpenBank,
+        real: Tensor,
+        layer: BankLayer | None = None,
+        starts: Tensor | None = None,
+        prompt_lengths: Tensor | None = None,
+    ) -> tuple[Tensor, RouterRecord | None]:
+        """Read the bank.
+
+        Args:
+            x: [B, T, D], normalised. real: [B, T] the tokens that are no padding.
+            layer: What routing keeps of the tokens before these, in the cache; these are added to it.
+            starts: [B, T] where another document begins, in rows of packed documents.
+            prompt_lengths: [B] how many real tokens of each row are its prompt, for `"hybrid"` routing; all when None.
+
+        Returns:
+            What to add to the residual stream, [B, T, D], and what the router did, None without chapters.
+        """
+        choice, record = None, None
+        if self.router is not None:
+            state = self._state(x, layer, prompt_lengths)
+            logits = self.router(routed_by(x, real, self.strategy, state, starts)).flatten(0, 1)
+            choice, record = self.router.choose(logits, real.flatten())
+        if layer is not None:
+            layer.append(x, real, starts)
+        if self.training and self.config.memory_gradient_checkpointing and torch.is_grad_enabled():
+            read: Tensor = checkpoint(self.read, x, bank, choice, use_reentrant=False)
+        else:
+            read = self.read(x, bank, choice)
+        return self.dropout(read), record
+
+    def _state(self, x: Tensor, layer: BankLayer | None, prompt_lengths: Tensor | None) -> RouterState:
+        if layer is not None:
+            return layer.routing_state(x, prompt_lengths)
+        state = RouterState.empty(x.shape[0], x.shape[-1], self.config.routing_window_size, x)
+        return state if prompt_lengths is None else state.with_prompt(prompt_lengths)
+
+    def read(self, x: Tensor, bank: OpenBank, choice: Choice | None) -> Tensor:
+        """What the tokens x [B, T, D] read: of the chapters that were chosen, or of the whole bank."""
+        tokens = x.flatten(0, 1)
+        query = self.q_proj(tokens).unflatten(-1, (self.num_heads, -1)) * self.scale  # [n, H, e]
+        read = self.read_all(query, bank) if choice is None else self.read_chapters(query, bank, choice)
+        output: Tensor = self.o_proj(read.flatten(1).to(x.dtype))
+        return output.view_as(x)
+
+    def read_all(self, query: Tensor, bank: OpenBank) -> Tensor:
+        """The whole bank, for query [n, H, e]: [n, H, f]."""
+        attend = nn.functional.scaled_dot_product_attention
+        rows = bank.all().to(query.dtype)
+        if self.absorbs(rows.shape[0], query.shape[0], rows.shape[0]):
+            # Every head of every token is a query to the rows themselves.
+            lifted = self.lift(query).flatten(0, 1)[None, None]
+            return self.lower(attend(lifted, rows[None, None], rows[None, None], scale=1)[0, 0].unflatten(0, (-1, self.num_heads)))
+        keys, values = (p(rows).unflatten(-1, (self.num_heads, -1)).transpose(0, 1) for p in (self.k_proj, self.v_proj))
+        return attend(query.transpose(0, 1)[None], keys[None], values[None], scale=1)[0].transpose(0, 1)
+
+    def read_chapters(self, query: Tensor, bank: OpenBank, choice: Choice) -> Tensor:
+        """The chosen chapters, for query [n, H, e]: [n, H, f]."""
+        groups = Groups.of(choice.chapters, self.config.num_chapters)
+        rows = bank.chapters(groups.chapters).to(query.dtype)  # [A, T, width]
+        length = rows.shape[1]
+        if self.absorbs(groups.most_chapters * length, query.shape[0], choice.chapters.shape[1] * length):
+            rows = rows[:, :, None]
+            read = chapter_attention(self.lift(query)[:, None], rows, rows, choice.weight, groups)
+            return self.lower(read[:, 0])
+        keys, values = (p(rows).unflatten(-1, (self.num_heads, -1)) for p in (self.k_proj, self.v_proj))
+        return chapter_attention(query[:, :, None], keys, values, choice.weight, groups)[:, :, 0]
+
+    # Scores are q . (W_k m) = (W_k^T q) . m, and sums of W_v m are W_v of sums of m: the projections of keys and values
+    # may be applied to queries and to what was read. That costs more a score, and nothing for the rows.
+
+    def absorbs(self, rows: int, tokens: int, rows_each: int) -> bool:
+        """Whether that is cheaper.
+
+        Args:
+            rows: Rows whose keys and values would be made otherwise. tokens: Tokens that read.
+            rows_each: Rows that each of them reads.
+        """
+        parts = [*self.k_proj.modules(), *self.v_proj.modules()]
+        if any(type(part) not in (nn.Linear, LowRankProjection) for part in parts):
+            return False  # quantized, or with an adapter of its own: only its forward says what it does
+        head = round(self.scale**-2)
+        width, scores = row_width(self.config, self.hidden_size), tokens * rows_each * self.num_heads
+        made = rows * width * head * self.num_heads + scores * head
+        return scores * width + tokens * head * self.num_heads * width < made
+
+    def lift(self, query: Tensor) -> Tensor:
+        """W_k^T q of every head, for query [n, H, e]: [n, H, width]."""
+        return self._by_head(query, "nhe,hew->nhw", self.k_proj)
+
+    def lower(self, read: Tensor) -> Tensor:
+        """W_v of every head of what was read, [n, H, width]: [n, H, f]."""
+        if isinstance(self.v_proj, LowRankProjection):
+            read = self.v_proj.down(read)
+        return self._by_head(read, "nhw,hew->nhe", self.v_proj)
+
+    def _by_head(self, x: Tensor, equation: str, projection: nn.Module) -> Tensor:
+        low_rank = isinstance(projection, LowRankProjection)
+        weight: Any = projection.up.weight if low_rank else projection.weight  # type: ignore[union-attr]
+        x = torch.einsum(equation, x, weight.unflatten(0, (self.num_heads, -1)))
+        if low_rank and projection is self.k_proj:
+            x = x @ projection.down.weight  # type: ignore[union-attr]
+        return x

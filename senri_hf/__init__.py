@@ -13,6 +13,11 @@ from . import registry
 __version__ = "0.1.0"
 
 _MODULES = {
+    "BankConfig": ".configuration",
+    "MemoryTransformerConfig": ".configuration.memory_transformer",
+    "MemoryTransformerForCausalLM": ".modeling",
+    "MemoryTransformerForSequenceClassification": ".modeling",
+    "MemoryTransformerModel": ".modeling",
     "EpisodicConfig": ".configuration",
     "SymbolicTransformerConfig": ".configuration.symbolic",
     "SymbolicTransformerForCausalLM": ".modeling",
@@ -29,6 +34,7 @@ _MODULES = {
 }
 
 __all__ = [
+    "BankConfig",
     "EpisodeCollator",
     "EpisodicConfig",
     "MemoryAdapterConfig",
@@ -36,6 +42,10 @@ __all__ = [
     "MemoryChat",
     "MemoryTrainer",
     "MemoryTrainingArguments",
+    "MemoryTransformerConfig",
+    "MemoryTransformerForCausalLM",
+    "MemoryTransformerForSequenceClassification",
+    "MemoryTransformerModel",
     "SymbolicTransformerConfig",
     "SymbolicTransformerForCausalLM",
     "SymbolicTransformerModel",
@@ -49,10 +59,17 @@ if TYPE_CHECKING:
     from .adapters import MemoryAdapterConfig, add_lora
     from .bases import base_names, load_base
     from .chat import MemoryChat
-    from .configuration import EpisodicConfig
+    from .configuration import BankConfig, EpisodicConfig
+    from .configuration.memory_transformer import MemoryTransformerConfig
     from .configuration.symbolic import SymbolicTransformerConfig
     from .memory import MemoryCache
-    from .modeling import SymbolicTransformerForCausalLM, SymbolicTransformerModel
+    from .modeling import (
+        MemoryTransformerForCausalLM,
+        MemoryTransformerForSequenceClassification,
+        MemoryTransformerModel,
+        SymbolicTransformerForCausalLM,
+        SymbolicTransformerModel,
+    )
     from .training import EpisodeCollator, MemoryTrainer, MemoryTrainingArguments
 
 

@@ -16,6 +16,16 @@ class Family(NamedTuple):
 
 FAMILIES = (
     Family(
+        "senri_hf.configuration.memory_transformer:MemoryTransformerConfig",
+        {
+            "AutoModel": "senri_hf.modeling.memory_transformer:MemoryTransformerModel",
+            "AutoModelForCausalLM": "senri_hf.modeling.memory_transformer:MemoryTransformerForCausalLM",
+            "AutoModelForSequenceClassification": (
+                "senri_hf.modeling.memory_transformer:MemoryTransformerForSequenceClassification"
+            ),
+        },
+    ),
+    Family(
         "senri_hf.configuration.symbolic:SymbolicTransformerConfig",
         {
             "AutoModel": "senri_hf.modeling.symbolic:SymbolicTransformerModel",

@@ -1,6 +1,7 @@
 """What a memory and a model are made of: settings, checked when they are made."""
 
+from .bank import BankConfig
 from .episodic import EpisodicConfig
 
 
-__all__ = ["EpisodicConfig"]
+__all__ = ["BankConfig", "EpisodicConfig"]

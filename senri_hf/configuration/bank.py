@@ -91,7 +91,9 @@ class BankConfig:
     auxiliary_loss_coefficient: float = field(default=0.01, metadata={"help": "Weight of that loss."})
     use_z_loss: bool = field(default=False, metadata={"help": "Keep router logits small."})
     z_loss_coefficient: float = field(default=0.001, metadata={"help": "Weight of that loss."})
-    memory_gradient_checkpointing: bool = field(default=True, metadata={"help": "Recompute reads in the backward pass."})
+    memory_gradient_checkpointing: bool = field(
+        default=True, metadata={"help": "Recompute reads in the backward pass."}
+    )
     quantize_memory: bool = field(default=False, metadata={"help": "Read rows as few bits hold them."})
     memory_quant_bits: int = field(default=8, metadata={"help": f"One of {QUANTIZED_BITS}."})
     quantized_storage: bool = field(default=False, metadata={"help": "Hold the bank as codes; it is then frozen."})
@@ -216,7 +218,7 @@ def check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
 def lookahead_error(settings: tuple[str, ...], what: str) -> ValueError:
     """Why routing that looks ahead is refused."""
     return ValueError(
-        f"{' and '.join(settings)}='sequence' routes every token by the mean of the whole sequence, so {what} would see "
-        "the tokens to be predicted, and its numbers would not be those of a language model. Use 'prefix', 'rolling', "
-        "'hybrid' or 'token', or set allow_lookahead_routing=True if that is what you want"
+        f"{' and '.join(settings)}='sequence' routes every token by the mean of the whole sequence, so {what} would "
+        "see the tokens to be predicted, and its numbers would not be those of a language model. Use 'prefix', "
+        "'rolling', 'hybrid' or 'token', or set allow_lookahead_routing=True if that is what you want"
     )

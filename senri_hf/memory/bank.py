@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import initialization as init
 
 from ..configuration import BankConfig
 from .bank_quantized import dequantize, fake_quantize, quantize
@@ -43,6 +44,7 @@ class Table(nn.Module):
     """Rows [rows, width], as a parameter or as codes of a few bits.
 
     Args:
+        std: Standard deviation of new rows.
         bits: Bits a value in which the rows are read; None reads them as they are.
         stored: Whether the codes are what is held; the rows are frozen then.
     """
@@ -50,14 +52,20 @@ class Table(nn.Module):
     codes: Tensor
     scales: Tensor
 
-    def __init__(self, rows: int, width: int, bits: int | None = None, stored: bool = False) -> None:
+    def __init__(self, rows: int, width: int, std: float, bits: int | None = None, stored: bool = False) -> None:
         super().__init__()
-        self.rows, self.width, self.bits, self.stored = rows, width, bits, stored
+        self.rows, self.width, self.std, self.bits, self.stored = rows, width, std, bits, stored
         if stored:
             assert bits is not None
             self._hold(*quantize(torch.zeros(rows, width), bits))
         else:
             self.weight = nn.Parameter(torch.empty(rows, width))
+            self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the rows anew; codes stay as they are."""
+        if not self.stored:
+            init.normal_(self.weight, std=self.std)
 
     def extra_repr(self) -> str:
         bits = f", {self.bits} bits{' stored' if self.stored else ''}" if self.bits else ""
@@ -65,7 +73,8 @@ class Table(nn.Module):
 
     def _hold(self, codes: Tensor, scales: Tensor) -> None:
         self.register_buffer("codes", codes)
-        self.register_buffer("scales", scales)
+        # As whole numbers of the same bits: a model that is cast to another dtype leaves them as they are.
+        self.register_buffer("scales", scales.view(torch.int16))
 
     def store(self, bits: int) -> None:
         """Hold codes of `bits` bits instead of floats from now on."""
@@ -107,15 +116,15 @@ class OpenTable:
         bits = self.table.bits
         if scales is not None:
             assert bits is not None
-            return dequantize(held, scales, bits, self.table.width)
+            return dequantize(held, scales.view(torch.bfloat16), bits, self.table.width)
         return held if bits is None else fake_quantize(held, bits)
 
 
 class MemoryBank(nn.Module):
     """A bank M [rows, width] of memory tokens that layers read by cross-attention.
 
-    *standard*: M itself. *factorized*: M = A B^T, A [rows, rank], B [width, rank] with variance 1 / rank. *reduced_dim*:
-    M [rows, rank], read in `rank` dimensions.
+    *standard*: M itself. *factorized*: M = A B^T, A [rows, rank], B [width, rank] with variance 1 / rank.
+    *reduced_dim*: M [rows, rank], read in `rank` dimensions.
 
     Args:
         hidden_size: The model's, which is the width of rows where nothing else says so.
@@ -123,23 +132,13 @@ class MemoryBank(nn.Module):
 
     def __init__(self, config: BankConfig, hidden_size: int) -> None:
         super().__init__()
-        self.init_std = config.memory_init_std
         self.chapter_length = config.tokens_per_chapter
         bits, stored = (config.memory_quant_bits if config.quantize_memory else None), config.quantized_storage
         self.width = row_width(config, hidden_size)
         factorized = config.use_low_rank_memory and config.low_rank_mode == "factorized"
-        self.tokens = Table(config.bank_rows, config.memory_rank if factorized else self.width, bits, stored)
-        self.basis = Table(self.width, config.memory_rank, bits, stored) if factorized else None
-        self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Draw the bank anew."""
-        if self.tokens.stored:
-            return
-        nn.init.normal_(self.tokens.weight, std=self.init_std)
-        if self.basis is not None:
-            nn.init.normal_(self.basis.weight, std=self.basis.width**-0.5)
+        rank, std = config.memory_rank, config.memory_init_std
+        self.tokens = Table(config.bank_rows, rank if factorized else self.width, std, bits, stored)
+        self.basis = Table(self.width, rank, rank**-0.5, bits, stored) if factorized else None
 
     def forward(self) -> "OpenBank":
         """The bank as one forward pass reads it."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache
 
 from ..configuration import BankConfig
 from .bank_router import RouterState, advance
@@ -54,6 +55,8 @@ class BankLayer(MemoryLayer):
     """
 
     _layer_type = "bank_memory"
+    # Static caches of attention stay what they are with these beside them: masks are made by this.
+    is_compileable = True
 
     def __init__(
         self,
@@ -92,7 +95,7 @@ class BankLayer(MemoryLayer):
                 self.open, now=self.open.now.with_prompt(ended), older=self.open.older.with_prompt(ended)
             )
 
-    def append(self, x: Tensor, real: Tensor, starts: Tensor | None = None) -> None:
+    def append(self, x: Tensor, real: Tensor) -> None:
         """Take in the next columns x [B, T, D], of which `real` [B, T] are no padding."""
         self._begin(x)
         assert self.open is not None and self.seen is not None
@@ -124,7 +127,8 @@ class BankLayer(MemoryLayer):
                 f"for {ROLLBACK_TOKENS} tokens of the open conversation. Take a memory.snapshot() before, and restore "
                 "it"
             )
-        columns = Columns(*(torch.cat(parts, dim=1) for parts in zip(*(c.tensors().values() for c in self.open.between), strict=True)))
+        chunks = zip(*(chunk.tensors().values() for chunk in self.open.between), strict=True)
+        columns = Columns(*(torch.cat(parts, dim=1) for parts in chunks))
         assert self.seen is not None
         self.seen = self.seen - columns.counted[:, held - tokens :].sum(1)
         kept = columns.map(lambda tensor: tensor[:, : held - tokens])
@@ -196,3 +200,30 @@ class BankLayer(MemoryLayer):
             size = x.shape[-1] if self.config.use_chapters else 0
             state = RouterState.empty(x.shape[0], size, self.window, x)
             self.open = Conversation(state, state)
+
+
+def bank_layer_in(
+    cache: Cache, layer_idx: int, adapter_name: str, new: Callable[[], BankLayer], attention_layers: int
+) -> BankLayer:
+    """The layer of a cache that keeps the routing of one memory layer; appended where the cache has none yet.
+
+    Args:
+        new: Makes a blank one.
+        attention_layers: Attention layers of the model, which come first in a cache.
+    """
+    for layer in cache.layers:
+        if isinstance(layer, BankLayer) and (layer.layer_idx, layer.adapter_name) == (layer_idx, adapter_name):
+            return layer
+    # A cache that grows as it is used would take ours for one of attention's.
+    while isinstance(cache, DynamicCache) and len(cache.layers) < attention_layers:
+        cache.layers.append(cache.layer_class_to_replicate())  # type: ignore[misc]
+    layer = new()
+    cache.layers.append(layer)
+    return layer
+
+
+def end_prompt(cache: Cache) -> None:
+    """What comes next is no longer the prompt's, for every layer of a cache that routes."""
+    for layer in cache.layers:
+        if isinstance(layer, BankLayer):
+            layer.end_prompt()

@@ -14,7 +14,7 @@ def quantize(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
     Returns:
         Codes: int8 [..., D] for 8 bits; uint8 [..., ceil(D / 2)] for 4, two values a byte, the first in the low half.
-        Scales: float16 [..., 1]; a row is codes * scale.
+        Scales: bfloat16 [..., 1]; a row is codes * scale.
     """
     scale = row_scale(rows, bits)
     codes = codes_of(rows, scale, bits).to(torch.int8)
@@ -47,9 +47,9 @@ def fake_quantize(rows: Tensor, bits: int) -> Tensor:
 
 
 def row_scale(rows: Tensor, bits: int) -> Tensor:
-    """The float16 scale [..., 1] of every row; never zero, so that a row of zeros stays one."""
+    """The bfloat16 scale [..., 1] of every row; never zero, so that a row of zeros stays one."""
     largest = rows.detach().float().abs().amax(-1, keepdim=True) / LARGEST[bits]
-    return largest.clamp(torch.finfo(torch.float16).tiny, torch.finfo(torch.float16).max).to(torch.float16)
+    return largest.clamp(torch.finfo(torch.bfloat16).tiny, torch.finfo(torch.bfloat16).max).to(torch.bfloat16)
 
 
 def codes_of(rows: Tensor, scale: Tensor, bits: int) -> Tensor:

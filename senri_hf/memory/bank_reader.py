@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import initialization as init
 
 from ..configuration import BankConfig
 from .bank import OpenBank, attention_heads, attention_width, row_width
@@ -13,13 +14,27 @@ from .bank_router import ChapterRouter, Choice, RouterRecord, RouterState, route
 from .chapter_attention import Groups, chapter_attention
 
 
+class MemoryLinear(nn.Linear):
+    """A projection without bias that starts with standard deviation `std`, and does so again at every reset."""
+
+    def __init__(self, inputs: int, outputs: int, std: float) -> None:
+        self.std = std
+        super().__init__(inputs, outputs, bias=False)
+
+    def reset_parameters(self) -> None:
+        if self.std:
+            init.normal_(self.weight, std=self.std)
+        else:
+            init.zeros_(self.weight)
+
+
 class LowRankProjection(nn.Module):
     """up(down(x))."""
 
-    def __init__(self, inputs: int, outputs: int, rank: int) -> None:
+    def __init__(self, inputs: int, outputs: int, rank: int, std: float) -> None:
         super().__init__()
-        self.down = nn.Linear(inputs, rank, bias=False)
-        self.up = nn.Linear(rank, outputs, bias=False)
+        self.down = MemoryLinear(inputs, rank, std or inputs**-0.5)
+        self.up = MemoryLinear(rank, outputs, std)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.up(self.down(x))
@@ -40,35 +55,21 @@ class BankAttention(nn.Module):
         self, config: BankConfig, hidden_size: int, model_heads: int, dropout: float = 0.0, init_std: float = 0.02
     ) -> None:
         super().__init__()
-        self.config, self.hidden_size, self.init_std = config, hidden_size, init_std
+        self.config, self.hidden_size = config, hidden_size
         width, rows = attention_width(config, hidden_size), row_width(config, hidden_size)
         self.num_heads = attention_heads(config, hidden_size, model_heads)
         self.scale = (width // self.num_heads) ** -0.5
-        self.q_proj = self._projection(hidden_size, width)
-        self.k_proj = self._projection(rows, width)
-        self.v_proj = self._projection(rows, width)
-        self.o_proj = self._projection(width, hidden_size)
+        self.q_proj = self._projection(hidden_size, width, init_std)
+        self.k_proj = self._projection(rows, width, init_std)
+        self.v_proj = self._projection(rows, width, init_std)
+        self.o_proj = self._projection(width, hidden_size, 0.0 if config.wo_init_zero else init_std)
         self.dropout = nn.Dropout(dropout if config.memory_dropout is None else config.memory_dropout)
         self.router = ChapterRouter(config, hidden_size) if config.use_chapters else None
-        self.reset_parameters()
 
-    def _projection(self, inputs: int, outputs: int) -> nn.Module:
+    def _projection(self, inputs: int, outputs: int, std: float) -> nn.Module:
         if self.config.use_low_rank_projections:
-            return LowRankProjection(inputs, outputs, self.config.projection_rank)
-        return nn.Linear(inputs, outputs, bias=False)
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Draw the projections and the router anew; with `wo_init_zero` the output is zero again."""
-        for projection in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
-            for linear in projection.modules():
-                if isinstance(linear, nn.Linear):
-                    nn.init.normal_(linear.weight, std=self.init_std)
-        if self.config.wo_init_zero:
-            last = self.o_proj.up if isinstance(self.o_proj, LowRankProjection) else self.o_proj
-            nn.init.zeros_(last.weight)  # type: ignore[arg-type]
-        if self.router is not None:
-            self.router.reset_parameters()
+            return LowRankProjection(inputs, outputs, self.config.projection_rank, std)
+        return MemoryLinear(inputs, outputs, std)
 
     @property
     def strategy(self) -> str:
@@ -101,7 +102,7 @@ class BankAttention(nn.Module):
             logits = self.router(routed_by(x, real, self.strategy, state, starts)).flatten(0, 1)
             choice, record = self.router.choose(logits, real.flatten())
         if layer is not None:
-            layer.append(x, real, starts)
+            layer.append(x, real)
         if self.training and self.config.memory_gradient_checkpointing and torch.is_grad_enabled():
             read: Tensor = checkpoint(self.read, x, bank, choice, use_reentrant=False)
         else:
@@ -111,7 +112,8 @@ class BankAttention(nn.Module):
     def _state(self, x: Tensor, layer: BankLayer | None, prompt_lengths: Tensor | None) -> RouterState:
         if layer is not None:
             return layer.routing_state(x, prompt_lengths)
-        state = RouterState.empty(x.shape[0], x.shape[-1], self.config.routing_window_size, x)
+        window = self.config.routing_window_size if self.strategy in ("rolling", "hybrid") else 0
+        state = RouterState.empty(x.shape[0], x.shape[-1], window, x)
         return state if prompt_lengths is None else state.with_prompt(prompt_lengths)
 
     def read(self, x: Tensor, bank: OpenBank, choice: Choice | None) -> Tensor:
@@ -129,7 +131,8 @@ class BankAttention(nn.Module):
         if self.absorbs(rows.shape[0], query.shape[0], rows.shape[0]):
             # Every head of every token is a query to the rows themselves.
             lifted = self.lift(query).flatten(0, 1)[None, None]
-            return self.lower(attend(lifted, rows[None, None], rows[None, None], scale=1)[0, 0].unflatten(0, (-1, self.num_heads)))
+            read = attend(lifted, rows[None, None], rows[None, None], scale=1)[0, 0]
+            return self.lower(read.unflatten(0, (-1, self.num_heads)))
         keys, values = (p(rows).unflatten(-1, (self.num_heads, -1)).transpose(0, 1) for p in (self.k_proj, self.v_proj))
         return attend(query.transpose(0, 1)[None], keys[None], values[None], scale=1)[0].transpose(0, 1)
 
@@ -156,7 +159,7 @@ class BankAttention(nn.Module):
             rows_each: Rows that each of them reads.
         """
         parts = [*self.k_proj.modules(), *self.v_proj.modules()]
-        if any(type(part) not in (nn.Linear, LowRankProjection) for part in parts):
+        if any(type(part) not in (MemoryLinear, LowRankProjection) for part in parts):
             return False  # quantized, or with an adapter of its own: only its forward says what it does
         head = round(self.scale**-2)
         width, scores = row_width(self.config, self.hidden_size), tokens * rows_each * self.num_heads
@@ -165,7 +168,8 @@ class BankAttention(nn.Module):
 
     def lift(self, query: Tensor) -> Tensor:
         """W_k^T q of every head, for query [n, H, e]: [n, H, width]."""
-        return self._by_head(query, "nhe,hew->nhw", self.k_proj)
+        lifted = self._by_head(query, "nhe,hew->nhw", self.k_proj)
+        return lifted @ self.k_proj.down.weight if isinstance(self.k_proj, LowRankProjection) else lifted
 
     def lower(self, read: Tensor) -> Tensor:
         """W_v of every head of what was read, [n, H, width]: [n, H, f]."""
@@ -174,9 +178,5 @@ class BankAttention(nn.Module):
         return self._by_head(read, "nhw,hew->nhe", self.v_proj)
 
     def _by_head(self, x: Tensor, equation: str, projection: nn.Module) -> Tensor:
-        low_rank = isinstance(projection, LowRankProjection)
-        weight: Any = projection.up.weight if low_rank else projection.weight  # type: ignore[union-attr]
-        x = torch.einsum(equation, x, weight.unflatten(0, (self.num_heads, -1)))
-        if low_rank and projection is self.k_proj:
-            x = x @ projection.down.weight  # type: ignore[union-attr]
-        return x
+        last: Any = projection.up if isinstance(projection, LowRankProjection) else projection
+        return torch.einsum(equation, x, last.weight.unflatten(0, (self.num_heads, -1)))

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import initialization as init
 
 from ..configuration import BankConfig
 from .chapter_attention import accumulator
@@ -64,7 +65,7 @@ def routed_by(x: Tensor, real: Tensor, strategy: str, state: RouterState, starts
 
 
 def between(total: Tensor, count: Tensor, sums: Tensor, counts: Tensor, begin: Tensor | None) -> Tensor:
-    """Means [B, T, D] of total / count, less what `sums` and `counts` say of columns before `begin` where it is >= 0."""
+    """Means [B, T, D] of total / count, less those of columns before `begin` where it is >= 0."""
     if begin is not None:
         inside, first = begin >= 0, begin.clamp_min(0)
         total = total - at_columns(sums, first) * inside[..., None]
@@ -150,7 +151,7 @@ class ChapterRouter(nn.Linear):
         self.normalized = config.router_weights_are_normalized
 
     def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=self.in_features**-0.5)
+        init.normal_(self.weight, std=self.in_features**-0.5)
 
     def forward(self, by: Tensor) -> Tensor:
         """Logits [..., C] of what tokens are routed by, [..., D]."""
@@ -217,4 +218,3 @@ def router_loss(record: RouterRecord, config: BankConfig) -> Tensor:
 def has_router_loss(config: BankConfig) -> bool:
     """Whether training has a loss of routers."""
     return config.use_chapters and (config.use_load_balance_loss or config.use_auxiliary_loss or config.use_z_loss)
-

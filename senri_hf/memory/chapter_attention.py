@@ -96,9 +96,7 @@ class _ChapterAttention(torch.autograd.Function):
     """Softmax probabilities are computed again in the backward pass, as in FlashAttention (Dao et al. 2022)."""
 
     @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, keys: Tensor, values: Tensor | None, weight: Tensor, groups: Groups
-    ) -> Tensor:
+    def forward(ctx: Any, query: Tensor, keys: Tensor, values: Tensor | None, weight: Tensor, groups: Groups) -> Tensor:
         ctx.save_for_backward(query, keys, values, weight)
         ctx.groups = groups
         with torch.autocast(query.device.type, enabled=False):

@@ -31,6 +31,18 @@ def real_tokens(tokens: Tensor, mask: Any, position_ids: Tensor | None, given: d
     return real, False
 
 
+def document_starts(tokens: Tensor, mask: Any, position_ids: Tensor | None, given: dict[str, Any]) -> Tensor | None:
+    """Where documents that share a row begin, [B, T]; None where a row is one document."""
+    if given.get("cu_seq_lens_q") is not None:
+        starts = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+        starts[:, given["cu_seq_lens_q"][:-1].long()] = True
+        return starts
+    if mask is not None or position_ids is None or position_ids.dim() != 2 or position_ids.shape[1] == 1:
+        return None
+    starts = torch.nn.functional.pad(position_ids[:, 1:] != position_ids[:, :-1] + 1, (1, 0), value=True)
+    return starts.expand(tokens.shape[0], -1)
+
+
 def packed() -> ValueError:
     return ValueError(
         "Several documents are packed into one row, but a memory belongs to a row: they would share it. Pass one "

@@ -1,0 +1,112 @@
+"""Configuration of the memory transformer."""
+
+import difflib
+import warnings
+from dataclasses import fields
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import LlamaConfig
+
+from .bank import BankConfig, check_choice, check_whole
+
+
+PLACEMENTS = ("all", "first_k", "last_k", "every_n", "custom")
+VARIANTS = ("A", "B")
+
+
+@strict
+class MemoryTransformerConfig(BankConfig, LlamaConfig):
+    """A decoder-only transformer whose memory layers read a bank of learnable memory tokens by cross-attention.
+
+    Attention, MLP, norms and rotary embeddings are Llama's, and so are their settings (see `LlamaConfig`); those of
+    banks, chapters and routing are `BankConfig`'s. What is added to both:
+
+    Args:
+        vanilla_mode: No memory at all: the plain transformer, for comparisons.
+        memory_layer_placement: Which layers read memory: `"all"`, `"first_k"`, `"last_k"`, `"every_n"` (layers 0, n,
+            2n, …) or `"custom"`.
+        memory_layer_k: Layers for `"first_k"` and `"last_k"`.
+        memory_layer_n: Stride for `"every_n"`.
+        memory_layer_indices: Layers for `"custom"`, from 0.
+        memory_block_variant: `"A"`: self-attention, memory, MLP. `"B"`: self-attention, MLP, memory, and a second MLP.
+        dropout: On embeddings and on what every sublayer adds.
+        use_rope: Rotary position embeddings; without them attention knows positions by its causal mask alone.
+        use_rms_norm: RMS norms; layer norms otherwise.
+
+    Raises:
+        ValueError: for a setting out of its range, naming it.
+    """
+
+    model_type = "memory_transformer"
+
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    max_position_embeddings: int = 8192
+
+    vanilla_mode: bool = False
+    memory_layer_placement: str = "all"
+    memory_layer_k: int = 5
+    memory_layer_n: int = 3
+    memory_layer_indices: list[int] | None = None
+    memory_block_variant: str = "A"
+    dropout: float = 0.0
+    use_rope: bool = True
+    use_rms_norm: bool = True
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        names = [f.name for f in fields(self)]
+        for name in kwargs:  # transformers takes any name; one that is nearly right is a mistake
+            if near := difflib.get_close_matches(name, names, 1, cutoff=0.85):
+                raise ValueError(f"{name} is no setting of {type(self).__name__}; did you mean {near[0]!r}?")
+        super().__post_init__(**kwargs)
+        if not self.vanilla_mode and self.looks_ahead:
+            warnings.warn(
+                f"{' and '.join(self.looks_ahead)}='sequence' routes every token by the mean of its whole sequence, "
+                "the future included. It serves encoders and classification; a causal language model refuses it",
+                stacklevel=2,
+            )
+
+    def validate_memory(self) -> None:
+        """Part of strict validation: the bank's settings, and where memory is."""
+        self.check_bank()
+        check_choice("memory_layer_placement", self.memory_layer_placement, PLACEMENTS)
+        check_choice("memory_block_variant", self.memory_block_variant, VARIANTS)
+        check_whole("memory_layer_k", self.memory_layer_k, 1)
+        check_whole("memory_layer_n", self.memory_layer_n, 1)
+        if not 0 <= self.dropout <= 1:
+            raise ValueError(f"dropout={self.dropout!r} was given, but dropout must be a number from 0 to 1")
+        count = self.num_hidden_layers
+        if self.memory_layer_placement in ("first_k", "last_k") and self.memory_layer_k > count:
+            raise ValueError(
+                f"memory_layer_k={self.memory_layer_k} was given, but the model has only {count} layers "
+                f"(num_hidden_layers)"
+            )
+        chosen = self.memory_layer_indices
+        if self.memory_layer_placement == "custom":
+            if not chosen or len(set(chosen)) != len(chosen) or not all(0 <= index < count for index in chosen):
+                raise ValueError(
+                    f"memory_layer_indices={chosen!r} was given, but memory_layer_placement='custom' needs different "
+                    f"layers from 0 to {count - 1}"
+                )
+        elif chosen is not None:
+            raise ValueError(
+                f"memory_layer_indices={chosen!r} was given with memory_layer_placement="
+                f"{self.memory_layer_placement!r}; it is read with 'custom' only"
+            )
+
+    @property
+    def memory_layers(self) -> list[int]:
+        """The layers that read memory, ascending."""
+        layers = list(range(self.num_hidden_layers))
+        if self.vanilla_mode:
+            return []
+        return {
+            "all": layers,
+            "first_k": layers[: self.memory_layer_k],
+            "last_k": layers[-self.memory_layer_k :],
+            "every_n": layers[:: self.memory_layer_n],
+            "custom": sorted(self.memory_layer_indices or []),
+        }[self.memory_layer_placement]

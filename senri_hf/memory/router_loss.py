@@ -1,0 +1,47 @@
+"""How the losses of routers reach the loss that is trained.
+
+A decoder leaves the router loss of its last training pass with itself. Whoever computes the loss takes it: the causal
+language model's own forward where it is given labels, else a trainer that computes the loss from hidden states.
+"""
+
+from typing import Any, Self
+
+from torch import Tensor, nn
+
+
+class RouterLossSlot:
+    """The router loss of one training pass until it is taken; a copy of a model starts without one."""
+
+    def __init__(self) -> None:
+        self.loss: Tensor | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return type(self)()
+
+    def __reduce__(self) -> tuple[type[Self], tuple[()]]:
+        return type(self), ()
+
+    def take(self) -> Tensor | None:
+        """The loss, once."""
+        loss, self.loss = self.loss, None
+        return loss
+
+
+def take_router_loss(model: nn.Module) -> Tensor | None:
+    """The router loss that a model's last training pass left and nobody took yet; None where there is none."""
+    taken = [
+        slot.take() for module in model.modules() if isinstance(slot := vars(module).get("router_loss"), RouterLossSlot)
+    ]
+    losses = [loss for loss in taken if loss is not None]
+    return sum(losses[1:], losses[0]) if losses else None
+
+
+def share_of_batch(labels: Tensor, num_items_in_batch: Any) -> Tensor | float:
+    """The weight of this pass's tokens in a batch that is accumulated over several passes.
+
+    A loss that is a sum over labelled tokens divided by `num_items_in_batch` adds up to a mean over passes; a loss that
+    is a mean over tokens has to be weighed by its share to do so too.
+    """
+    if num_items_in_batch is None:
+        return 1.0
+    return (labels[..., 1:] != -100).sum() / num_items_in_batch

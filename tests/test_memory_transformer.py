@@ -394,7 +394,7 @@ def test_a_conversation_is_routed_by_its_own_tokens_only() -> None:
     other = MemoryCache.for_model(model)
     other.load_state_dict(memory.state_dict())
     assert other.tokens_seen.tolist() == [39]
-    with pytest.raises(ValueError, match="tokens is torch.float32"):
+    with pytest.raises(ValueError, match=r"tokens is torch\.float32"):
         other.load_state_dict({name: t.float() for name, t in memory.state_dict().items()})
 
 

@@ -186,6 +186,11 @@ class BankConfig:
         return self.normalize_router_weights
 
     @property
+    def routing_strategies(self) -> tuple[str, ...]:
+        """The strategies in use, that of training first; none without chapters."""
+        return (self.routing_strategy_train, self.routing_strategy_inference) if self.use_chapters else ()
+
+    @property
     def looks_ahead(self) -> tuple[str, ...]:
         """The settings by which tokens are routed by their future."""
         names = ("routing_strategy_train", "routing_strategy_inference")

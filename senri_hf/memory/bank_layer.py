@@ -73,8 +73,8 @@ class BankLayer(MemoryLayer):
     @property
     def window(self) -> int:
         """Tokens that are kept one by one; both strategies may be in use in turn."""
-        strategies = {self.config.routing_strategy_train, self.config.routing_strategy_inference}
-        return self.config.routing_window_size if self.config.use_chapters and strategies & {"rolling", "hybrid"} else 0
+        windowed = {"rolling", "hybrid"} & set(self.config.routing_strategies)
+        return self.config.routing_window_size if windowed else 0
 
     def routing_state(self, x: Tensor, prompt_lengths: Tensor | None = None) -> RouterState:
         """What came before the tokens x [B, T, D] in their conversation."""
@@ -220,10 +220,3 @@ def bank_layer_in(
     layer = new()
     cache.layers.append(layer)
     return layer
-
-
-def end_prompt(cache: Cache) -> None:
-    """What comes next is no longer the prompt's, for every layer of a cache that routes."""
-    for layer in cache.layers:
-        if isinstance(layer, BankLayer):
-            layer.end_prompt()

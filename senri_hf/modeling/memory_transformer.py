@@ -19,7 +19,7 @@ from transformers.utils.output_capturing import capture_outputs
 from ..configuration.bank import QUANTIZED_BITS, lookahead_error
 from ..configuration.memory_transformer import MemoryTransformerConfig
 from ..memory.bank import MemoryBank, OpenBank, Table
-from ..memory.bank_layer import BankLayer, bank_layer_in, end_prompt
+from ..memory.bank_layer import BankLayer, bank_layer_in
 from ..memory.bank_reader import BankAttention, MemoryLinear
 from ..memory.bank_router import ChapterRouter, RouterRecord, has_router_loss, mean_record, router_loss
 from ..memory.cache import MemoryCache
@@ -361,9 +361,14 @@ class MemoryTransformerForCausalLM(MemoryTransformerPreTrainedModel, GenerationM
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        prompt_lengths: Tensor | None = None,
         **kwargs: Any,
     ) -> MemoryCausalLMOutputWithPast:
-        """Logits of next tokens, and their loss where `labels` [B, T] are given (-100 is not learned)."""
+        """Logits of next tokens, and their loss where `labels` [B, T] are given (-100 is not learned).
+
+        Args:
+            prompt_lengths: [B] as in `MemoryTransformerModel`.
+        """
         outputs: MemoryModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -371,6 +376,7 @@ class MemoryTransformerForCausalLM(MemoryTransformerPreTrainedModel, GenerationM
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            prompt_lengths=prompt_lengths,
             **kwargs,
         )
         assert outputs.last_hidden_state is not None
@@ -392,12 +398,18 @@ class MemoryTransformerForCausalLM(MemoryTransformerPreTrainedModel, GenerationM
             router_usage=outputs.router_usage,
         )
 
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
-        """As for any model; what comes after the first pass is no longer the prompt."""
-        if not kwargs.get("is_first_iteration") and kwargs.get("past_key_values") is not None:
-            end_prompt(kwargs["past_key_values"])
+    @torch.no_grad()
+    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As for any model; `"hybrid"` routing is told where the prompt ends."""
+        given = next((kwargs[name] for name in ("input_ids", "inputs_embeds") if name in kwargs), inputs)
+        if given is not None and "hybrid" in self.config.routing_strategies and "prompt_lengths" not in kwargs:
+            mask, pad = kwargs.get("attention_mask"), self.config.pad_token_id
+            if mask is None and given.dim() == 2 and pad is not None and pad != self.config.eos_token_id:
+                mask = given != pad
+            lengths = given.new_full(given.shape[:1], given.shape[1], dtype=torch.long) if mask is None else mask.sum(1)
+            kwargs["prompt_lengths"] = lengths
         parent: Any = super()
-        return parent.prepare_inputs_for_generation(*args, **kwargs)
+        return parent.generate(inputs, *args, **kwargs)
 
 
 class MemoryTransformerForSequenceClassification(GenericForSequenceClassification, MemoryTransformerPreTrainedModel):

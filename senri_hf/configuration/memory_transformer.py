@@ -3,10 +3,11 @@
 import difflib
 import warnings
 from dataclasses import fields
-from typing import Any
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
-from transformers import LlamaConfig
+from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import RopeParameters
 
 from .bank import BankConfig, check_choice, check_whole
 
@@ -16,7 +17,7 @@ VARIANTS = ("A", "B")
 
 
 @strict
-class MemoryTransformerConfig(BankConfig, LlamaConfig):
+class MemoryTransformerConfig(BankConfig, PreTrainedConfig):
     """A decoder-only transformer whose memory layers read a bank of learnable memory tokens by cross-attention.
 
     Attention, MLP, norms and rotary embeddings are Llama's, and so are their settings (see `LlamaConfig`); those of
@@ -39,12 +40,37 @@ class MemoryTransformerConfig(BankConfig, LlamaConfig):
     """
 
     model_type = "memory_transformer"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    base_model_tp_plan: ClassVar[dict[str, Any]] = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
 
+    vocab_size: int = 32000
     hidden_size: int = 768
     intermediate_size: int = 3072
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
     max_position_embeddings: int = 8192
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+    tie_word_embeddings: bool = False
+    rope_parameters: RopeParameters | dict | None = None
+    attention_bias: bool = False
+    attention_dropout: int | float = 0.0
+    mlp_bias: bool = False
 
     vanilla_mode: bool = False
     memory_layer_placement: str = "all"
@@ -61,12 +87,24 @@ class MemoryTransformerConfig(BankConfig, LlamaConfig):
         for name in kwargs:  # transformers takes any name; one that is nearly right is a mistake
             if near := difflib.get_close_matches(name, names, 1, cutoff=0.85):
                 raise ValueError(f"{name} is no setting of {type(self).__name__}; did you mean {near[0]!r}?")
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
         super().__post_init__(**kwargs)
         if not self.vanilla_mode and self.looks_ahead:
             warnings.warn(
                 f"{' and '.join(self.looks_ahead)}='sequence' routes every token by the mean of its whole sequence, "
                 "the future included. It serves encoders and classification; a causal language model refuses it",
                 stacklevel=2,
+            )
+
+    def validate_architecture(self) -> None:
+        """Part of strict validation: heads divide the width."""
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} was given, but it must divide hidden_size="
+                f"{self.hidden_size}"
             )
 
     def validate_memory(self) -> None:

@@ -1,7 +1,7 @@
 """The memory transformer: a Llama whose memory layers read a bank of learnable memory tokens by cross-attention."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +82,7 @@ class MemoryTransformerDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: MemoryTransformerConfig, layer_idx: int) -> None:
         super().__init__()
-        self.self_attn = LlamaAttention(config, layer_idx)
+        self.self_attn = LlamaAttention(cast(Any, config), layer_idx)
         self.mlp = LlamaMLP(config)
         self.input_layernorm = new_norm(config)
         self.post_attention_layernorm = new_norm(config)
@@ -201,7 +201,7 @@ class MemoryTransformerModel(MemoryTransformerPreTrainedModel):
             MemoryTransformerDecoderLayer(config, index) for index in range(config.num_hidden_layers)
         )
         self.norm = new_norm(config)
-        self.rotary_emb = LlamaRotaryEmbedding(config)
+        self.rotary_emb = LlamaRotaryEmbedding(cast(Any, config))
         self.gradient_checkpointing = False
         self.router_loss = RouterLossSlot()
         self.predicts_next_token = False

@@ -56,6 +56,14 @@ ARCHITECTURES: dict[str, tuple[type, type, dict[str, Any]]] = {
 # Small, so that short texts complete segments, fill the slots and evict from them.
 SMALL: dict[str, dict[str, Any]] = {
     "episodic": {"buffer_slots": 12, "store_slots": 6, "segment_length": 5, "predictor_rank": 8},
+    "bank": {
+        "num_memory_tokens": 24,
+        "memory_init_std": 1.0,
+        "use_chapters": True,
+        "num_chapters": 6,
+        "top_k_chapters": 2,
+        "routing_window_size": 5,
+    },
 }
 SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "episodic": {
@@ -64,6 +72,14 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
         "nll": {"surprise": "nll"},
         "zero": {"init": "zero"},
         "no_store": {"store_slots": 0},
+    },
+    "bank": {
+        "default": {},
+        "whole": {"use_chapters": False},
+        "token": {"routing_strategy_inference": "token"},
+        "rolling": {"routing_strategy_train": "rolling", "routing_strategy_inference": "rolling"},
+        "per_layer": {"memory_sharing": "per_layer"},
+        "block_b": {"memory_block_variant": "B"},
     },
 }
 
@@ -112,6 +128,11 @@ class Subject:
     def settings(self) -> dict[str, Any]:
         """What goes to the adapter's config."""
         return {**SMALL[self.mechanism], **SETTINGS[self.mechanism][self.variant]}
+
+    @property
+    def remembers(self) -> bool:
+        """Whether what it reads is what was said; a bank is weights, and only what routes it is in the cache."""
+        return self.mechanism != "bank"
 
     @property
     def reads_own_conversation(self) -> bool:
@@ -165,6 +186,7 @@ SUBJECTS = subjects("llama") + [
 ]
 LLAMA = subjects("llama")
 DEFAULTS = subjects("llama", ["default"])
+REMEMBERING = [subject for subject in LLAMA if subject.remembers]
 
 
 def tokens(rows: int, length: int, seed: int = 0) -> Tensor:

@@ -3,6 +3,7 @@
 # First of all: PEFT's import registers the method, for which the modules below must not be half imported.
 import peft  # noqa: F401
 
+from .bank import quantize_bank
 from .config import MemoryAdapterConfig
 from .hub import adapter_card, push_to_hub, save_adapter
 from .lora import add_lora, load_lora, save_lora
@@ -16,6 +17,7 @@ __all__ = [
     "add_lora",
     "load_lora",
     "push_to_hub",
+    "quantize_bank",
     "save_adapter",
     "save_lora",
 ]

@@ -17,9 +17,11 @@ class MemoryBlock(ABC):
 
     Attributes:
         has_memory: Whether it has state in the memory cache.
+        keeps_context: Whether that state is a part of the context, as keys and values are: any cache then carries it.
     """
 
     has_memory: ClassVar[bool] = True
+    keeps_context: ClassVar[bool] = False
     config: Any
 
     @abstractmethod

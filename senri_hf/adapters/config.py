@@ -22,7 +22,8 @@ class MemoryAdapterConfig(PeftConfig):
     `MemoryAdapterConfig(mechanism="episodic", store_slots=64)` is an `EpisodicAdapterConfig`.
 
     Args:
-        mechanism: How memory is held: `"episodic"`, whose settings are those of `EpisodicConfig`.
+        mechanism: How memory is held: `"episodic"`, whose settings are those of `EpisodicConfig`, or `"bank"`, those
+            of `BankConfig`.
         layers_to_transform: Indices of the decoder layers that get a memory, from 0; every third layer of the upper two
             thirds when None. The resolved list is what is saved.
         layers_pattern: Dotted name of the `nn.ModuleList` of decoder layers, for a model in which it is not found.
@@ -81,12 +82,13 @@ class MemoryAdapterConfig(PeftConfig):
         """Raise ValueError naming the first setting that is out of its range."""
 
     @abstractmethod
-    def new_block(self, decoder_layer: nn.Module, hidden_size: int, num_heads: int) -> "MemoryBlock":
+    def new_block(self, decoder_layer: nn.Module, hidden_size: int, num_heads: int, layer_idx: int) -> "MemoryBlock":
         """The module that goes beside a decoder layer.
 
         Args:
             hidden_size: Of the model.
             num_heads: The model's attention heads.
+            layer_idx: The layer's place, one of `layers_to_transform`.
         """
 
     def resolve_layers(self, num_layers: int) -> list[int]:

@@ -5,12 +5,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from ..memory import MemoryCache, MemoryLayer
-from ..memory.real_tokens import padding_after_end, real_tokens
+from ..memory.cache import layer_in
+from ..memory.real_tokens import document_starts, padding_after_end, real_tokens
 
 
 @dataclass
@@ -24,6 +26,9 @@ class ForwardContext:
         ids: [B, T] its token ids, where they were given.
         generated: Whether this pass continues a context the way decoding does.
         given: The decoder's arguments by name.
+        cache: The cache of this pass, whatever it is.
+        adapter_name: The adapter whose block is being called.
+        shared: What blocks of different layers hand on to each other.
         waiting: What blocks left to be done when the last hidden states are known (see `at_end`).
     """
 
@@ -38,16 +43,20 @@ class ForwardContext:
     given: dict[str, Any] = field(default_factory=dict)
     waiting: dict[Callable[..., None], list[Any]] = field(default_factory=dict)
     found: tuple[Tensor, bool] | None = None
+    cache: Cache | None = None
+    adapter_name: str = ""
+    shared: dict[Any, Any] = field(default_factory=dict)
 
     def clear(self) -> None:
         self.memory, self.ids, self.generated, self.found = None, None, False, None
-        self.given, self.waiting = {}, {}
+        self.given, self.waiting, self.shared, self.cache = {}, {}, {}, None
 
     def begin(self, given: dict[str, Any]) -> None:
         """Note what a pass was given; with a memory cache, refuse what it could not take in."""
         self.clear()
         self.given, self.ids = given, given.get("input_ids")
         cache = next((value for value in given.values() if isinstance(value, Cache)), None)
+        self.cache = cache
         if not isinstance(cache, MemoryCache):
             return
         batch, length = self.tokens.shape[:2]
@@ -81,6 +90,29 @@ class ForwardContext:
                 all_real = all_real and self.ids.shape[1] == 1
             self.found = real, all_real
         return self.found
+
+    @property
+    def tokens_and_documents(self) -> tuple[Tensor, Tensor | None]:
+        """[B, T] the tokens that are no padding, and where documents begin that share a row; None for no such rows.
+
+        Raises:
+            ValueError: for packed documents with a cache, in which rows go on.
+        """
+        if self.cache is None:
+            given = self.given
+            starts = document_starts(self.tokens, given.get("attention_mask"), given.get("position_ids"), given)
+            if starts is not None:
+                return torch.ones_like(starts), starts
+        return self.real, None
+
+    def layer_in_any_cache(
+        self, layer_idx: int, new_cache_layer: Callable[[int, str], MemoryLayer]
+    ) -> MemoryLayer | None:
+        """The state of the block that is being called, in a cache that is no memory cache; None without a cache."""
+        if self.cache is None or self.model is None:
+            return None
+        attention_layers = self.model.config.get_text_config(decoder=True).num_hidden_layers
+        return layer_in(self.cache, layer_idx, self.adapter_name, new_cache_layer, attention_layers)
 
     def written(self, memory: MemoryLayer) -> Tensor:
         """[B, T] the tokens of this pass that a memory takes in."""

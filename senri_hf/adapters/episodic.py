@@ -24,7 +24,7 @@ class EpisodicAdapterConfig(EpisodicConfig, MemoryAdapterConfig):
 
     mechanism: str = "episodic"
 
-    def new_block(self, decoder_layer: nn.Module, hidden_size: int, num_heads: int) -> "EpisodicBlock":
+    def new_block(self, decoder_layer: nn.Module, hidden_size: int, num_heads: int, layer_idx: int) -> "EpisodicBlock":
         return EpisodicBlock.beside(decoder_layer, EpisodicConfig.of(self), hidden_size, num_heads)
 
 

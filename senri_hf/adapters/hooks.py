@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from torch import nn
 
+from ..memory.router_loss import share_of_batch, take_router_loss
 from .context import ForwardContext, named_arguments
 from .layer import MemoryAdapterLayer
 
@@ -24,6 +25,16 @@ def decoder_hook(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     context.finish(output)
 
 
+def model_hook(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """Add the losses of the blocks' routers to the loss that a model computes in training."""
+    labels, loss = kwargs.get("labels"), getattr(output, "loss", None)
+    if labels is not None and loss is not None and model.training:
+        waiting = take_router_loss(model)
+        if waiting is not None:
+            output.loss = loss + waiting.to(loss.device) * share_of_batch(labels, kwargs.get("num_items_in_batch"))
+    return output
+
+
 def layer_hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     """Add what the blocks of the active adapters read to a decoder layer's output; they write its input."""
     adapter = cast(MemoryAdapterLayer, layer.memory_adapter)
@@ -33,6 +44,7 @@ def layer_hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
     hidden = args[0] if args else kwargs["hidden_states"]
     result = output[0] if isinstance(output, tuple) else output
     for name, block in adapter.blocks.items():
+        context.adapter_name = name
         memory = None
         if context.memory is not None and block.has_memory:
             memory = context.memory.memory_layer(adapter.layer_idx, name)
@@ -42,6 +54,8 @@ def layer_hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
                     "it is now: MemoryCache.for_model(model)"
                 )
             memory.check_rows(hidden.shape[0])
+        elif block.keeps_context:
+            memory = context.layer_in_any_cache(adapter.layer_idx, block.new_cache_layer)
         added = block.read_and_write(hidden, result, memory, context)
         if added is not None:
             result = result + added.to(result.dtype)

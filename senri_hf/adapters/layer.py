@@ -34,7 +34,7 @@ class MemoryAdapterLayer(nn.Module, BaseTunerLayer, MemoryOwner):
 
     def update_layer(self, name: str, config: MemoryAdapterConfig, decoder_layer: nn.Module) -> None:
         """Add the block of an adapter."""
-        block: Any = config.new_block(decoder_layer, self.hidden_size, self.context.num_heads)
+        block: Any = config.new_block(decoder_layer, self.hidden_size, self.context.num_heads, self.layer_idx)
         device = next((p.device for p in decoder_layer.parameters() if not p.is_meta), None)
         if device is not None and not any(p.is_meta for p in block.parameters()):
             block = block.to(device)

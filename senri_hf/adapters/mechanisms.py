@@ -1,9 +1,11 @@
 """The mechanisms that a memory adapter can have."""
 
+from .bank import BankAdapterConfig
 from .config import MemoryAdapterConfig
 from .episodic import EpisodicAdapterConfig
 
 
 MECHANISMS: dict[str, type[MemoryAdapterConfig]] = {
     "episodic": EpisodicAdapterConfig,
+    "bank": BankAdapterConfig,
 }

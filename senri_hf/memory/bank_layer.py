@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache
 
 from ..configuration import BankConfig
 from .bank_router import RouterState, advance
@@ -166,7 +165,7 @@ class BankLayer(MemoryLayer):
     def check_state_dict(self, tensors: dict[str, Tensor]) -> None:
         if tensors:
             rows = tensors["tokens"].numel() if "tokens" in tensors else 1
-            expected = torch.empty(rows, dtype=torch.long, device="meta")
+            expected = torch.empty(max(rows, 1), dtype=torch.long, device="meta")
             check_tensors(tensors, {"tokens": expected}, f"layer {self.layer_idx}")
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
@@ -200,23 +199,3 @@ class BankLayer(MemoryLayer):
             size = x.shape[-1] if self.config.use_chapters else 0
             state = RouterState.empty(x.shape[0], size, self.window, x)
             self.open = Conversation(state, state)
-
-
-def bank_layer_in(
-    cache: Cache, layer_idx: int, adapter_name: str, new: Callable[[], BankLayer], attention_layers: int
-) -> BankLayer:
-    """The layer of a cache that keeps the routing of one memory layer; appended where the cache has none yet.
-
-    Args:
-        new: Makes a blank one.
-        attention_layers: Attention layers of the model, which come first in a cache.
-    """
-    for layer in cache.layers:
-        if isinstance(layer, BankLayer) and (layer.layer_idx, layer.adapter_name) == (layer_idx, adapter_name):
-            return layer
-    # A cache that grows as it is used would take ours for one of attention's.
-    while isinstance(cache, DynamicCache) and len(cache.layers) < attention_layers:
-        cache.layers.append(cache.layer_class_to_replicate())  # type: ignore[misc]
-    layer = new()
-    cache.layers.append(layer)
-    return layer

@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import StaticLayer
+from transformers.cache_utils import Cache, StaticLayer
 
 from . import file
 from .fingerprint import fingerprint
@@ -406,6 +406,30 @@ class MemoryCache(DynamicCache):
             "parent": self.parent,
             "layers": [[layer.adapter_name, layer.layer_idx, layer._layer_type] for layer in self.memory_layers],
         }
+
+
+def layer_in(
+    cache: Cache,
+    layer_idx: int,
+    adapter_name: str,
+    new_layer: Callable[[int, str], MemoryLayer],
+    attention_layers: int,
+) -> MemoryLayer:
+    """A memory layer in a cache of any kind, appended where it has none yet: for state that is part of the context.
+
+    Args:
+        new_layer: Makes a blank one, from `layer_idx` and `adapter_name`.
+        attention_layers: Attention layers of the model, which come first in a cache.
+    """
+    for layer in cache.layers:
+        if isinstance(layer, MemoryLayer) and (layer.layer_idx, layer.adapter_name) == (layer_idx, adapter_name):
+            return layer
+    # A cache that grows as it is used would take ours for one of attention's.
+    while isinstance(cache, DynamicCache) and len(cache.layers) < attention_layers:
+        cache.layers.append(cache.layer_class_to_replicate())  # type: ignore[misc]
+    layer = new_layer(layer_idx, adapter_name)
+    cache.layers.append(layer)
+    return layer
 
 
 def copy_layer(layer: Any) -> Any:

@@ -19,14 +19,18 @@ from transformers.utils.output_capturing import capture_outputs
 from ..configuration.bank import QUANTIZED_BITS, lookahead_error
 from ..configuration.memory_transformer import MemoryTransformerConfig
 from ..memory.bank import MemoryBank, OpenBank, Table
-from ..memory.bank_layer import BankLayer, bank_layer_in
+from ..memory.bank_layer import BankLayer
 from ..memory.bank_reader import BankAttention, MemoryLinear
 from ..memory.bank_router import ChapterRouter, RouterRecord, has_router_loss, mean_record, router_loss
-from ..memory.cache import MemoryCache
+from ..memory.cache import MemoryCache, layer_in
 from ..memory.layer import MemoryLayer
 from ..memory.owner import MemoryOwner
 from ..memory.real_tokens import document_starts, padding_after_end, real_tokens
 from ..memory.router_loss import RouterLossSlot, share_of_batch
+
+
+# The memory of a model of its own is no adapter's; its layers in a cache are called so.
+ADAPTER_NAME = "default"
 
 
 @dataclass
@@ -65,12 +69,12 @@ class MemoryCrossAttention(BankAttention, MemoryOwner):
         )
         self.layer_idx = layer_idx
 
-    def new_layer(self) -> BankLayer:
-        """A blank cache layer for what its routing keeps."""
-        return BankLayer(self.config, self.layer_idx)
-
     def memory_layers(self) -> list[MemoryLayer]:
-        return [self.new_layer()]
+        return [self.new_cache_layer(self.layer_idx, ADAPTER_NAME)]
+
+    def new_cache_layer(self, layer_idx: int, adapter_name: str) -> BankLayer:
+        """A blank cache layer for what its routing keeps."""
+        return BankLayer(self.config, layer_idx, adapter_name)
 
 
 class MemoryTransformerDecoderLayer(GradientCheckpointingLayer):
@@ -312,8 +316,9 @@ class MemoryTransformerModel(MemoryTransformerPreTrainedModel):
         """What routing keeps for a layer, in the cache; None without a cache, or where nothing may be kept."""
         if cache is None or index not in self.bank_of_layer or (self.gradient_checkpointing and self.training):
             return None
-        new: Any = self.layers[index].memory_attn
-        return bank_layer_in(cache, index, "default", new.new_layer, self.config.num_hidden_layers)
+        reader = cast(MemoryCrossAttention, self.layers[index].memory_attn)
+        layer = layer_in(cache, index, ADAPTER_NAME, reader.new_cache_layer, self.config.num_hidden_layers)
+        return cast(BankLayer, layer)
 
     def position_embeddings(self, hidden_states: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines of rotary embeddings [B, T, head size]; those of no rotation without `use_rope`."""

@@ -75,6 +75,23 @@ def test_the_package_is_light_and_peft_knows_it_whenever_peft_is_imported() -> N
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.parametrize("first", ["senri_hf.MemoryTransformerForCausalLM", "senri_hf.modeling.memory_transformer"])
+def test_a_model_may_be_the_first_thing_imported(first: str) -> None:
+    result = run_python(
+        f"""
+        import importlib, senri_hf
+        module, _, name = {first!r}.rpartition(".")
+        getattr(importlib.import_module(module), name) if name[0].isupper() else importlib.import_module({first!r})
+        from transformers import AutoConfig, AutoModelForCausalLM
+        config = AutoConfig.for_model(
+            "memory_transformer", hidden_size=8, num_attention_heads=2, num_hidden_layers=1, vocab_size=7
+        )
+        assert type(AutoModelForCausalLM.from_config(config)) is senri_hf.MemoryTransformerForCausalLM
+        """
+    )
+    assert result.returncode == 0, result.stderr
+
+
 def test_an_adapter_needs_the_package_which_may_be_imported_after_peft(tmp_path: Path) -> None:
     model = get_peft_model(tiny_model("llama"), senri_hf.MemoryAdapterConfig(layers_to_transform=MEMORY_LAYERS))
     model.save_pretrained(tmp_path)

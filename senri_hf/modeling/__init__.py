@@ -1,5 +1,8 @@
 """Models with memory built in, and small models to study: one file per family."""
 
+# First of all: its import registers the families, for which the modules below must not be half imported.
+import transformers.models.auto.modeling_auto  # noqa: F401
+
 from .memory_transformer import (
     MemoryTransformerForCausalLM,
     MemoryTransformerForSequenceClassification,

@@ -1,7 +1,7 @@
 """Memory that lasts, for Hugging Face models.
 
-Importing this package makes PEFT know the memory adapter and transformers' Auto classes the model families, without
-importing either.
+Importing this package makes PEFT know the memory adapter, and transformers' Auto classes the models with memory built
+in, without importing either.
 """
 
 import importlib
@@ -18,6 +18,7 @@ _MODULES = {
     "MemoryTransformerForCausalLM": ".modeling",
     "MemoryTransformerForSequenceClassification": ".modeling",
     "MemoryTransformerModel": ".modeling",
+    "CompressiveConfig": ".configuration",
     "EpisodicConfig": ".configuration",
     "SymbolicTransformerConfig": ".configuration.symbolic",
     "SymbolicTransformerForCausalLM": ".modeling",
@@ -28,6 +29,13 @@ _MODULES = {
     "MemoryTrainer": ".training",
     "MemoryTrainingArguments": ".training",
     "EpisodeCollator": ".training",
+    "SenriConfig": ".configuration.senri",
+    "SenriForCausalLM": ".modeling.senri",
+    "SenriForSequenceClassification": ".modeling.senri",
+    "SenriModel": ".modeling.senri",
+    "pythia_layers": ".configuration.senri",
+    "senri_layers": ".configuration.senri",
+    "load_open_calm_tokenizer": ".tokenizers",
     "add_lora": ".adapters",
     "load_base": ".bases",
     "base_names": ".bases",
@@ -35,6 +43,7 @@ _MODULES = {
 
 __all__ = [
     "BankConfig",
+    "CompressiveConfig",
     "EpisodeCollator",
     "EpisodicConfig",
     "MemoryAdapterConfig",
@@ -46,6 +55,10 @@ __all__ = [
     "MemoryTransformerForCausalLM",
     "MemoryTransformerForSequenceClassification",
     "MemoryTransformerModel",
+    "SenriConfig",
+    "SenriForCausalLM",
+    "SenriForSequenceClassification",
+    "SenriModel",
     "SymbolicTransformerConfig",
     "SymbolicTransformerForCausalLM",
     "SymbolicTransformerModel",
@@ -53,14 +66,18 @@ __all__ = [
     "add_lora",
     "base_names",
     "load_base",
+    "load_open_calm_tokenizer",
+    "pythia_layers",
+    "senri_layers",
 ]
 
 if TYPE_CHECKING:
     from .adapters import MemoryAdapterConfig, add_lora
     from .bases import base_names, load_base
     from .chat import MemoryChat
-    from .configuration import BankConfig, EpisodicConfig
+    from .configuration import BankConfig, CompressiveConfig, EpisodicConfig
     from .configuration.memory_transformer import MemoryTransformerConfig
+    from .configuration.senri import SenriConfig, pythia_layers, senri_layers
     from .configuration.symbolic import SymbolicTransformerConfig
     from .memory import MemoryCache
     from .modeling import (
@@ -70,6 +87,8 @@ if TYPE_CHECKING:
         SymbolicTransformerForCausalLM,
         SymbolicTransformerModel,
     )
+    from .modeling.senri import SenriForCausalLM, SenriForSequenceClassification, SenriModel
+    from .tokenizers import load_open_calm_tokenizer
     from .training import EpisodeCollator, MemoryTrainer, MemoryTrainingArguments
 
 

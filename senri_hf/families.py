@@ -1,59 +1,73 @@
-"""The model families of this package, as transformers' Auto classes know them.
+"""The model families of this package, as transformers' Auto classes know them. A family is one line here.
 
-A family is one line here. Nothing of it is imported before transformers' own Auto classes are.
+They stand in transformers' own tables, which hold names and import a family's module when one of its classes is first
+asked for. The Auto classes' `register` takes the classes themselves: all models would be imported with transformers,
+and in the middle of its own imports (`transformers.modeling_layers` imports the Auto classes before it has defined what
+models are made of).
 """
 
 import importlib
+import sys
+from types import ModuleType
 from typing import Any, NamedTuple
 
 
 class Family(NamedTuple):
-    """Where a family's classes are, and which Auto class makes which of them."""
+    """The prefix of a family's classes, the module of `configuration` and `modeling`, and the models that there are."""
 
-    config: str
-    models: dict[str, str]
+    prefix: str
+    module: str
+    models: tuple[str, ...]
 
 
-FAMILIES = (
-    Family(
-        "senri_hf.configuration.memory_transformer:MemoryTransformerConfig",
-        {
-            "AutoModel": "senri_hf.modeling.memory_transformer:MemoryTransformerModel",
-            "AutoModelForCausalLM": "senri_hf.modeling.memory_transformer:MemoryTransformerForCausalLM",
-            "AutoModelForSequenceClassification": (
-                "senri_hf.modeling.memory_transformer:MemoryTransformerForSequenceClassification"
-            ),
-        },
+FAMILIES = {
+    "memory_transformer": Family(
+        "MemoryTransformer", "memory_transformer", ("Model", "ForCausalLM", "ForSequenceClassification")
     ),
-    Family(
-        "senri_hf.configuration.symbolic:SymbolicTransformerConfig",
-        {
-            "AutoModel": "senri_hf.modeling.symbolic:SymbolicTransformerModel",
-            "AutoModelForCausalLM": "senri_hf.modeling.symbolic:SymbolicTransformerForCausalLM",
-        },
-    ),
-)
+    "senri": Family("Senri", "senri", ("Model", "ForCausalLM", "ForSequenceClassification")),
+    "symbolic_transformer": Family("SymbolicTransformer", "symbolic", ("Model", "ForCausalLM")),
+}
+
+TABLES = {
+    "Model": "MODEL_MAPPING_NAMES",
+    "ForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "ForSequenceClassification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+}
 
 
-def found(place: str) -> Any:
-    """The class at `module:name`."""
-    module, name = place.split(":")
-    return getattr(importlib.import_module(module), name)
+class FamilyModule(ModuleType):
+    """What transformers finds as `transformers.models.<model type>`: classes of ours, imported when asked for."""
+
+    def __init__(self, model_type: str) -> None:
+        super().__init__(f"transformers.models.{model_type}", f"The {model_type} models of senri_hf")
+        self.family = FAMILIES[model_type]
+
+    def __getattr__(self, name: str) -> Any:
+        family = self.family
+        if name == f"{family.prefix}Config":
+            return getattr(importlib.import_module(f"senri_hf.configuration.{family.module}"), name)
+        if name.removeprefix(family.prefix) in family.models:
+            return getattr(importlib.import_module(f"senri_hf.modeling.{family.module}"), name)
+        raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
 
 
 def register_configs() -> None:
-    """Make `AutoConfig` know the families."""
-    from transformers.models.auto.configuration_auto import AutoConfig
+    """Make `AutoConfig` know the families; calling it again changes nothing."""
+    from transformers.models.auto import configuration_auto
 
-    for family in FAMILIES:
-        config = found(family.config)
-        AutoConfig.register(config.model_type, config, exist_ok=True)
+    for model_type, family in FAMILIES.items():
+        configuration_auto.CONFIG_MAPPING_NAMES[model_type] = f"{family.prefix}Config"
+        sys.modules.setdefault(f"transformers.models.{model_type}", FamilyModule(model_type))
 
 
 def register_models() -> None:
-    """Make the other Auto classes know the families."""
+    """Make the Auto classes of models know the families; calling it again changes nothing."""
     from transformers.models.auto import modeling_auto
 
-    for family in FAMILIES:
-        for auto, model in family.models.items():
-            getattr(modeling_auto, auto).register(found(family.config), found(model), exist_ok=True)
+    register_configs()
+    for model_type, family in FAMILIES.items():
+        for kind in family.models:
+            names: Any = getattr(modeling_auto, TABLES[kind])
+            names[model_type] = f"{family.prefix}{kind}"
+            # Where transformers was imported first, this was made without our configs.
+            names._model_mapping._reverse_config_mapping[f"{family.prefix}Config"] = model_type

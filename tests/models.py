@@ -64,6 +64,7 @@ SMALL: dict[str, dict[str, Any]] = {
         "top_k_chapters": 2,
         "routing_window_size": 5,
     },
+    "compressive": {"memory_head_dim": 8, "memory_slot_tokens": 7},
 }
 SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "episodic": {
@@ -80,6 +81,13 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
         "rolling": {"routing_strategy_train": "rolling", "routing_strategy_inference": "rolling"},
         "per_layer": {"memory_sharing": "per_layer"},
         "block_b": {"memory_block_variant": "B"},
+    },
+    "compressive": {
+        "default": {},
+        "tokens": {"read_scope": "tokens"},
+        "slots": {"read_scope": "tokens", "update_rule": "delta", "num_memories": 3},
+        "gated slots": {"num_memories": 3},
+        "segments": {"read_scope": "tokens", "update_rule": "corrected_delta", "memory_segment_length": 5},
     },
 }
 
@@ -137,7 +145,16 @@ class Subject:
     @property
     def reads_own_conversation(self) -> bool:
         """Whether a token reads what its own conversation wrote."""
-        return self.settings.get("read_scope") == "committed_segments"
+        return self.settings.get("read_scope") in ("committed_segments", "tokens")
+
+    @property
+    def reads_nothing_for(self) -> int:
+        """Tokens at the start of a first conversation that read nothing, though they could read it."""
+        if self.mechanism == "episodic":
+            return self.settings["segment_length"]
+        if self.settings.get("update_rule", "gated_delta") == "gated_delta":
+            return 0  # a token reads what it wrote itself
+        return self.settings.get("memory_segment_length", 1)
 
     def fresh(self, seed: int = 0, model: dict[str, Any] | None = None, **settings: Any) -> PeftModel:
         """The model with an adapter as it is before any training."""
@@ -164,9 +181,8 @@ def perturb(model: PeftModel, seed: int = 0) -> PeftModel:
     with torch.no_grad():
         for owner in owners(model):
             for parameter in owner.parameters():  # type: ignore[attr-defined]
-                parameter.add_(
-                    torch.randn(parameter.shape, generator=generator) * (0.5 if parameter.dim() < 2 else 0.1)
-                )
+                scale = 0.5 if parameter.dim() < 2 or not parameter.any() else 0.1
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
     return model
 
 

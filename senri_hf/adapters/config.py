@@ -22,8 +22,8 @@ class MemoryAdapterConfig(PeftConfig):
     `MemoryAdapterConfig(mechanism="episodic", store_slots=64)` is an `EpisodicAdapterConfig`.
 
     Args:
-        mechanism: How memory is held: `"episodic"`, whose settings are those of `EpisodicConfig`, or `"bank"`, those
-            of `BankConfig`.
+        mechanism: How memory is held: `"episodic"`, whose settings are those of `EpisodicConfig`, `"compressive"`,
+            those of `CompressiveAdapterConfig`, or `"bank"`, those of `BankConfig`.
         layers_to_transform: Indices of the decoder layers that get a memory, from 0; every third layer of the upper two
             thirds when None. The resolved list is what is saved.
         layers_pattern: Dotted name of the `nn.ModuleList` of decoder layers, for a model in which it is not found.

@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache
 
 from ..memory import MemoryCache, MemoryLayer
 from ..memory.cache import layer_in
+from ..memory.layout import Layout
 from ..memory.real_tokens import document_starts, padding_after_end, real_tokens
 
 
@@ -46,9 +47,10 @@ class ForwardContext:
     cache: Cache | None = None
     adapter_name: str = ""
     shared: dict[Any, Any] = field(default_factory=dict)
+    streams: Layout | None = None
 
     def clear(self) -> None:
-        self.memory, self.ids, self.generated, self.found = None, None, False, None
+        self.memory, self.ids, self.generated, self.found, self.streams = None, None, False, None, None
         self.given, self.waiting, self.shared, self.cache = {}, {}, {}, None
 
     def begin(self, given: dict[str, Any]) -> None:
@@ -114,11 +116,20 @@ class ForwardContext:
         attention_layers = self.model.config.get_text_config(decoder=True).num_hidden_layers
         return layer_in(self.cache, layer_idx, self.adapter_name, new_cache_layer, attention_layers)
 
+    @property
+    def layout(self) -> Layout:
+        """How the columns of this pass become streams of real tokens."""
+        if self.streams is None:
+            self.streams = Layout.of(self.real)
+        return self.streams
+
+    def writes(self, memory: MemoryLayer) -> bool:
+        """Whether a memory takes in the real tokens of this pass."""
+        return not (memory.is_read_only or (self.generated and not memory.writes_generated))
+
     def written(self, memory: MemoryLayer) -> Tensor:
         """[B, T] the tokens of this pass that a memory takes in."""
-        if memory.is_read_only or (self.generated and not memory.writes_generated):
-            return self.real.new_zeros(self.real.shape)
-        return self.real
+        return self.real if self.writes(memory) else self.real.new_zeros(self.real.shape)
 
     def at_end(self, function: Callable[[list[Any], Tensor, "ForwardContext"], None], item: Any) -> None:
         """Have `function(items, last hidden states [B, T, D], context)` called once when the decoder is done.

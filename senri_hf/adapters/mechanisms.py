@@ -1,6 +1,7 @@
 """The mechanisms that a memory adapter can have."""
 
 from .bank import BankAdapterConfig
+from .compressive import CompressiveAdapterConfig
 from .config import MemoryAdapterConfig
 from .episodic import EpisodicAdapterConfig
 
@@ -8,4 +9,5 @@ from .episodic import EpisodicAdapterConfig
 MECHANISMS: dict[str, type[MemoryAdapterConfig]] = {
     "episodic": EpisodicAdapterConfig,
     "bank": BankAdapterConfig,
+    "compressive": CompressiveAdapterConfig,
 }

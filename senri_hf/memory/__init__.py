@@ -1,10 +1,21 @@
 """What a memory is: its mechanisms, the cache that carries them, and its file."""
 
 from .cache import MemoryCache
+from .compressive_layer import CompressiveLayer
+from .compressive_mixer import CompressiveMemory
 from .episodic_layer import EpisodicLayer
 from .episodic_reader import AttentionWeights, EpisodicReader
 from .layer import MemoryLayer
 from .owner import MemoryOwner
 
 
-__all__ = ["AttentionWeights", "EpisodicLayer", "EpisodicReader", "MemoryCache", "MemoryLayer", "MemoryOwner"]
+__all__ = [
+    "AttentionWeights",
+    "CompressiveLayer",
+    "CompressiveMemory",
+    "EpisodicLayer",
+    "EpisodicReader",
+    "MemoryCache",
+    "MemoryLayer",
+    "MemoryOwner",
+]

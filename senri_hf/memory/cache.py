@@ -17,6 +17,10 @@ from .layer import ROLLBACK_TOKENS, MemoryLayer
 from .owner import owners
 
 
+# What stands for an adapter's name in the memory of a model that has it built in.
+BUILT_IN = "model"
+
+
 class MemoryCache(DynamicCache):
     """A cache whose attention layers are transformers' own and whose memory layers outlive the context.
 
@@ -25,7 +29,8 @@ class MemoryCache(DynamicCache):
 
     Args:
         config: The model's config, from which the attention layers are made.
-        memory_layers: The memory layers, appended after those.
+        memory_layers: The memory layers: those that are built into the model in their places, those of adapters
+            appended.
         model_fingerprint: What tells this model and its adapters from others (see `fingerprint`); saved with the
             memory.
     """
@@ -47,7 +52,11 @@ class MemoryCache(DynamicCache):
         self.recent_ids: Tensor | None = None  # [B, R]
         self.recent_hidden: Tensor | None = None  # [B, R, D]
         self.recent_real: Tensor | None = None  # [B, R]
-        self.layers.extend(memory_layers)
+        for layer in memory_layers:
+            if layer.adapter_name == BUILT_IN and isinstance(self.layers[layer.layer_idx], MemoryLayer):
+                self.layers[layer.layer_idx] = layer
+            else:
+                self.layers.append(layer)
         self._index()
 
     @classmethod

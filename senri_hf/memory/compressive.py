@@ -332,7 +332,13 @@ def norms(normaliser: Tensor, found: Normalised, k: Tensor) -> Tensor:
     weight = 1.0 if found.weight is None else found.weight
     growth = 2 * weight * found.held + weight * weight * k.square().sum(-1)
     grown = growth.flatten(-2).cumsum(-1).unflatten(-1, growth.shape[-2:])
-    return (normaliser.square().sum(-1)[..., None, None] + grown - growth).clamp_min(0).sqrt()
+    return root(normaliser.square().sum(-1)[..., None, None] + grown - growth)
+
+
+def root(square: Tensor) -> Tensor:
+    """The square root, and 0 with a gradient of 0 where nothing is."""
+    there = square > 0
+    return torch.where(there, square.where(there, 1.0).sqrt(), 0.0)
 
 
 def stepwise(
@@ -379,7 +385,7 @@ def read(memory: Tensor, normaliser: Tensor, queries: Tensor, rule: UpdateRule) 
         values = queries @ memory
         if rule.is_normalised:
             values = values * inverse(match, rule.eps)[..., None]
-        return Reads(values, match, normaliser.square().sum(-1)[..., None].sqrt().expand_as(match))
+        return Reads(values, match, root(normaliser.square().sum(-1))[..., None].expand_as(match))
 
 
 def write_together(

@@ -8,6 +8,7 @@ from .memory_transformer import (
     MemoryTransformerForSequenceClassification,
     MemoryTransformerModel,
 )
+from .senri import SenriForCausalLM, SenriForSequenceClassification, SenriModel
 from .symbolic import SymbolicTransformerForCausalLM, SymbolicTransformerModel
 
 
@@ -15,6 +16,9 @@ __all__ = [
     "MemoryTransformerForCausalLM",
     "MemoryTransformerForSequenceClassification",
     "MemoryTransformerModel",
+    "SenriForCausalLM",
+    "SenriForSequenceClassification",
+    "SenriModel",
     "SymbolicTransformerForCausalLM",
     "SymbolicTransformerModel",
 ]

@@ -1,0 +1,377 @@
+"""The cache layer of the compressive mechanism: the memory, what a segment still waits for, and how to go back."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from .compressive_state import Associations, CompressiveState, MemoryShape, advance, look_up, take_in
+from .layer import ROLLBACK_TOKENS, MemoryLayer
+from .state import RowState, check_tensors
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A point in a conversation.
+
+    Attributes:
+        state: The memory that is written.
+        tail: [B, columns, channels] what the convolution needs of the last tokens, zero at a conversation's start.
+        open: Tokens of a segment that is not complete; None with segments of one token.
+        committed: The memory that is read, where that is not the one that is written: what past conversations left.
+            `blank` says that they left nothing.
+    """
+
+    state: CompressiveState
+    tail: Tensor
+    open: Associations | None = None
+    committed: CompressiveState | None = None
+    blank: bool = True
+
+    @classmethod
+    def begin(cls, batch_size: int, shape: MemoryShape, device: torch.device, *, commits: bool) -> "Progress":
+        """The start of a life. `commits`: whether what a conversation wrote is read only after its end."""
+        state = CompressiveState.empty(batch_size, shape, device)
+        tail = torch.zeros(batch_size, shape.tail_columns, shape.tail_channels, device=device)
+        return cls(state, tail, None, state if commits else None)
+
+    def map(self, function: Callable[[Any], Any]) -> "Progress":
+        """Apply `function` to every RowState and tensor held."""
+        return replace(
+            self,
+            state=function(self.state),
+            tail=function(self.tail),
+            open=None if self.open is None else function(self.open),
+            committed=None if self.committed is None else function(self.committed),
+        )
+
+    def after(
+        self, queries: Tensor, tokens: Associations, shape: MemoryShape, sharpness: Tensor | None, *, writes: bool
+    ) -> tuple[Tensor, "Progress"]:
+        """What tokens read, [B, L, H, d_v], and the point after them.
+
+        Args:
+            queries: [B, L, H, d_k] features.
+            sharpness: [H], None where there is one slot.
+            writes: Whether the tokens are written.
+        """
+        now = replace(self, tail=tail_after(self.tail, tokens))
+        if not writes:
+            state = self.state if self.committed is None else self.committed
+            return look_up(state, queries, shape, sharpness), now
+        if shape.segment == 1:
+            reads, state = advance(self.state, queries, tokens, shape, sharpness)
+            now = replace(now, state=state)
+        else:
+            reads, now = now._by_segments(queries, tokens, shape, sharpness)
+        if self.committed is not None:
+            reads = look_up(self.committed, queries, shape, sharpness)
+        return reads, now
+
+    def _by_segments(
+        self, queries: Tensor, tokens: Associations, shape: MemoryShape, sharpness: Tensor | None
+    ) -> tuple[Tensor, "Progress"]:
+        """`after` with a memory that stands still inside a segment."""
+        length = shape.segment
+        waiting = tokens.map(lambda tensor: tensor[:, :0].clone()) if self.open is None else self.open
+        waits, new = waiting.written.sum(1, keepdim=True), tokens.written.sum(1, keepdim=True)
+        # Columns in which every row's segments start at the same places: first what waits, then what is new.
+        width = waiting.keys.shape[1] + tokens.keys.shape[1]
+        column = torch.arange(width, device=waits.device)
+        source = torch.where(column < waits, column, waiting.keys.shape[1] + column - waits).clamp_max(width - 1)
+        row = torch.arange(waits.shape[0], device=waits.device)[:, None]
+        stands = replace(waiting, written=column < waits + new)
+        stands = replace(
+            stands,
+            keys=torch.cat([waiting.keys, tokens.keys], dim=1)[row, source],
+            values=torch.cat([waiting.values, tokens.values], dim=1)[row, source],
+        )
+        asks = torch.cat([torch.zeros_like(waiting.keys), queries], dim=1)[row, source]
+        state, reads = self.state, []
+        for start in range(0, width, length):
+            reads.append(look_up(state, asks[:, start : start + length], shape, sharpness))
+            if start + length <= width:
+                complete = (waits + new >= start + length).expand(-1, length)
+                state = take_in(state, part(stands, start, length, complete), shape)
+        answers = torch.cat(reads, dim=1)[row, (waits + column[: tokens.keys.shape[1]]).clamp_max(width - 1)]
+        total = waits + new
+        rest = total // length * length + torch.arange(min(length - 1, width), device=total.device)
+        opened = replace(
+            stands,
+            keys=stands.keys[row, rest.clamp_max(width - 1)],
+            values=stands.values[row, rest.clamp_max(width - 1)],
+            written=rest < total,
+        )
+        return answers, replace(self, state=state, open=opened)
+
+    def closed(self, shape: MemoryShape) -> CompressiveState:
+        """The memory as it is once the conversation is over."""
+        return self.state if self.open is None else take_in(self.state, self.open, shape)
+
+
+def part(tokens: Associations, start: int, length: int, written: Tensor) -> Associations:
+    """`length` columns of keys and values from `start` on, of which `written` [B, length] are to be written."""
+    columns = slice(start, start + length)
+    return replace(tokens, keys=tokens.keys[:, columns], values=tokens.values[:, columns], written=written)
+
+
+def tail_after(tail: Tensor, tokens: Associations) -> Tensor:
+    """The last `tail.shape[1]` columns that a convolution took in, once tokens have been taken in."""
+    if not tail.shape[1]:
+        return tail
+    joined = torch.cat([tail.to(tokens.raw.dtype), tokens.raw], dim=1)
+    last = tokens.valid.sum(1, keepdim=True) + torch.arange(tail.shape[1], device=tail.device)
+    return joined[torch.arange(tail.shape[0], device=tail.device)[:, None], last]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Tokens of one forward pass, and whether they were written."""
+
+    tokens: Associations
+    writes: bool
+
+    def replay(self, point: Progress, shape: MemoryShape) -> Progress:
+        """The point after these tokens."""
+        if not self.writes:
+            return replace(point, tail=tail_after(point.tail, self.tokens))
+        sharpness = self.tokens.keys.new_zeros(shape.heads) if shape.slots > 1 else None
+        return point.after(self.tokens.keys, self.tokens, shape, sharpness, writes=True)[1]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a pass leaves for the cache.
+
+    Attributes:
+        now: The point after it.
+        before: The point before `last`.
+        last: Its last tokens, as many as can be taken back.
+    """
+
+    now: Progress
+    before: Progress
+    last: Pass
+
+
+@dataclass(frozen=True)
+class Journal:
+    """Two earlier points and the passes that came after each: last tokens are taken back by replaying without them.
+
+    Passes are replayed one by one, as they came, so that what was there between two of them is there again bit for bit.
+    The older point lies at least `ROLLBACK_TOKENS` columns back, or at the start of the conversation.
+    """
+
+    older: Progress
+    newer: Progress
+    between: tuple[Pass, ...] = ()
+    since: tuple[Pass, ...] = ()
+    columns: int = 0  # in `since`
+
+
+class CompressiveLayer(MemoryLayer, CacheLayerMixin):
+    """Compressive memory of one layer, for the rows of a batch.
+
+    It also counts the columns of the open conversation, for models in which no layer holds keys and values.
+
+    Args:
+        shape: What it is made of. None in a cache that was made from a config alone: the model says it then.
+        commits: Whether what a conversation wrote is read only after it.
+    """
+
+    _layer_type = "senri_memory"  # type: ignore[misc]
+
+    def __init__(
+        self,
+        shape: MemoryShape | None = None,
+        layer_idx: int = 0,
+        adapter_name: str = "default",
+        commits: bool = False,
+        writes_generated: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        MemoryLayer.__init__(self, layer_idx, adapter_name)
+        self.shape = shape
+        self.commits = commits
+        self.writes_generated = writes_generated
+        self.columns = 0
+        self.now: Progress | None = None
+        self.journal: Journal | None = None
+
+    # What the module that reads and writes asks.
+
+    def point(self, shape: MemoryShape, batch_size: int, device: torch.device) -> Progress:
+        """Where the conversation stands, for a batch of as many rows."""
+        self.check_rows(batch_size)
+        self.shape = shape
+        if self.now is None:
+            return Progress.begin(batch_size, shape, device, commits=self.commits)
+        return self.now
+
+    def commit(self, step: Step, columns: int) -> None:
+        """Take in what a pass over `columns` columns left."""
+        if step.last.tokens.columns < columns or self.journal is None:
+            journal = Journal(step.before, step.before)
+        else:
+            journal = self.journal
+            if journal.columns >= ROLLBACK_TOKENS:
+                journal = Journal(journal.newer, step.before, between=journal.since)
+        self.journal = replace(
+            journal, since=(*journal.since, step.last), columns=journal.columns + step.last.tokens.columns
+        )
+        self.now = step.now
+        self.columns += columns
+
+    # What the cache asks.
+
+    def rollback(self, tokens: int) -> None:
+        if tokens == 0 or self.now is None:
+            self.columns -= min(tokens, self.columns)
+            return
+        passes = () if self.journal is None else (*self.journal.between, *self.journal.since)
+        held = sum(one.tokens.columns for one in passes)
+        if tokens > held:
+            raise ValueError(
+                f"{tokens} tokens are to be taken back, but only the last {held} can be: memory keeps what it "
+                f"needs for {ROLLBACK_TOKENS} tokens of the open conversation. Take a memory.snapshot() before, and "
+                "restore it"
+            )
+        assert self.journal is not None and self.shape is not None
+        kept, left = [], held - tokens
+        for one in passes:
+            columns = min(one.tokens.columns, left)
+            left -= columns
+            if columns:
+                whole = columns == one.tokens.columns
+                kept.append(one if whole else replace(one, tokens=one.tokens.first(columns)))
+        now = self.journal.older
+        self.journal = Journal(now, now, since=tuple(kept), columns=held - tokens)
+        for one in kept:
+            now = one.replay(now, self.shape)
+        self.now = now
+        self.columns -= tokens
+
+    def clear_context(self) -> None:
+        self.journal, self.columns = None, 0
+        if self.now is None or self.shape is None:
+            return
+        state = self.now.closed(self.shape)
+        blank = not bool(state.tokens.any())
+        tail = torch.zeros_like(self.now.tail)
+        self.now = Progress(state, tail, None, state if self.commits else None, blank)
+
+    def reset(self) -> None:
+        self.now, self.journal, self.columns = None, None, 0
+
+    def decay(self, cycles: int) -> None:
+        """Nothing: this memory forgets by what is written into it, not by time."""
+
+    def detach(self) -> None:
+        self.journal = None
+        if self.now is not None:
+            self.now = self.now.map(lambda part: part.detach())
+
+    def map_rows(self, function: Callable[[Tensor], Tensor]) -> None:
+        if self.now is None:
+            return
+        done: dict[int, Any] = {}
+
+        def once(part: Any) -> Any:
+            """The same object stays the same object."""
+            if id(part) not in done:
+                done[id(part)] = (part.map(function) if isinstance(part, RowState) else function(part), part)
+            return done[id(part)][0]
+
+        def moved(one: Pass) -> Pass:
+            return replace(one, tokens=once(one.tokens))
+
+        self.now = self.now.map(once)
+        if self.journal is not None:
+            self.journal = replace(
+                self.journal,
+                older=self.journal.older.map(once),
+                newer=self.journal.newer.map(once),
+                between=tuple(map(moved, self.journal.between)),
+                since=tuple(map(moved, self.journal.since)),
+            )
+
+    def copy(self) -> "CompressiveLayer":
+        layer = copy.copy(self)
+        layer.losses = []
+        return layer
+
+    def state_dict(self) -> dict[str, Tensor]:
+        if self.now is None or self.shape is None:
+            return {}
+        state = self.now.closed(self.shape).detach()
+        return state.tensors() if bool(state.tokens.any()) else {}
+
+    def check_state_dict(self, tensors: dict[str, Tensor]) -> None:
+        if not tensors:
+            return
+        if self.shape is None:
+            raise ValueError("This cache was made without its model. Use MemoryCache.for_model(model)")
+        rows = tensors["tokens"].numel() if "tokens" in tensors else 1
+        expected = CompressiveState.empty(rows, self.shape, torch.device("meta")).tensors()
+        check_tensors(tensors, expected, f"layer {self.layer_idx}")
+
+    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
+        self.reset()
+        if tensors:
+            assert self.shape is not None
+            state = CompressiveState(**tensors)
+            begun = Progress.begin(state.batch_size, self.shape, state.memory.device, commits=self.commits)
+            self.now = replace(begun, state=state, committed=state if self.commits else None, blank=False)
+
+    @property
+    def rows(self) -> int | None:
+        return None if self.now is None else self.now.state.batch_size
+
+    @property
+    def nbytes(self) -> int:
+        if self.now is None:
+            return 0
+        parts: list[RowState] = [self.now.state]
+        if self.now.committed is not None and self.now.committed is not self.now.state:
+            parts.append(self.now.committed)
+        if self.now.open is not None:
+            parts.append(self.now.open)
+        return sum(part.nbytes for part in parts)
+
+    @property
+    def tokens_seen(self) -> Tensor | None:
+        if self.now is None:
+            return None
+        return self.now.state.tokens + (0 if self.now.open is None else self.now.open.written.sum(1))
+
+    def summary(self) -> dict[str, float]:
+        if self.now is None or self.shape is None:
+            return {}
+        state = self.now.closed(self.shape)
+        used = state.normaliser.square().sum((-2, -1)) > 0
+        return {
+            "slots used": used.float().mean().item(),
+            "slots frozen": state.frozen.float().mean().item(),
+            "root mean square of the matrix": state.memory.square().mean().sqrt().item(),
+        }
+
+    # What transformers asks of a layer that counts the context.
+
+    def get_seq_length(self) -> int:
+        return self.columns
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.columns + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing: it begins with the first tokens."""
+
+    def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        return MemoryLayer.update(self, key_states, value_states, *args, **kwargs)

@@ -1,0 +1,61 @@
+"""What models with memory built in do with a batch before their layers: which tokens are real, and whose they are."""
+
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache
+
+from ..memory import MemoryCache, MemoryLayer
+from ..memory.layout import Layout
+from ..memory.real_tokens import document_starts, padding_after_end, real_tokens
+
+
+def find_layout(
+    tokens: Tensor,
+    attention_mask: Any,
+    position_ids: Tensor | None,
+    cache: Cache | None,
+    config: PreTrainedConfig,
+    given: dict[str, Any],
+) -> Layout:
+    """How the columns of a pass become streams, one for every memory.
+
+    Args:
+        tokens: Ids [B, T] or embeddings [B, T, D].
+        attention_mask, position_ids, given: What the decoder was given.
+        cache: Where memory comes from; None for a pass that begins and ends with an empty one.
+
+    Raises:
+        ValueError: for packed documents with a cache, and for a memory of another number of rows.
+    """
+    batch = tokens.shape[0]
+    if cache is None:
+        document = documents(tokens, attention_mask, position_ids, given)
+        if document is not None:
+            return Layout.packed(document)
+    else:
+        for layer in cache.layers:
+            if isinstance(layer, MemoryLayer):
+                layer.check_rows(batch)
+    real, _ = real_tokens(tokens, attention_mask, position_ids if cache is not None else None, given)
+    if isinstance(cache, MemoryCache) and tokens.dim() == 2 and config.pad_token_id is not None:
+        ends = config.eos_token_id
+        end_ids = tuple(ends) if isinstance(ends, (list, tuple)) else () if ends is None else (ends,)
+        real = real & ~padding_after_end(tokens, cache.recent_ids, config.pad_token_id, end_ids)
+    return Layout.of(real)
+
+
+def documents(tokens: Tensor, attention_mask: Any, position_ids: Tensor | None, given: dict[str, Any]) -> Tensor | None:
+    """[B, T] which document of its row a token belongs to, from 0; None where there is one in every row.
+
+    Said by `seq_idx`, by `cu_seq_lens_q`, or by positions that begin again where no mask is given.
+    """
+    batch, length = tokens.shape[:2]
+    if given.get("seq_idx") is not None:
+        number = given["seq_idx"].to(tokens.device).long().expand(batch, length)
+        return number if bool((number != number[:, :1]).any()) else None
+    starts = document_starts(tokens, attention_mask, position_ids, given)
+    if starts is None or not bool(starts[:, 1:].any()):
+        return None
+    return starts.cumsum(1) - 1

@@ -112,6 +112,37 @@ def test_an_adapter_needs_the_package_which_may_be_imported_after_peft(tmp_path:
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.parametrize(
+    "first",
+    [
+        "import senri_hf, transformers.modeling_layers",
+        "import senri_hf; from transformers import LlamaForCausalLM",
+        "import transformers.models.auto.modeling_auto, senri_hf",
+        "from transformers import AutoConfig; import senri_hf; from transformers import AutoModel",
+    ],
+)
+def test_the_auto_classes_know_every_family_in_any_order_of_imports(first: str) -> None:
+    """And import none of them before one is asked for."""
+    result = run_python(
+        f"""
+        {first}
+        import sys
+        assert not any(name.startswith("senri_hf.modeling") for name in sys.modules)
+        from transformers import AutoConfig
+        from transformers.models.auto import modeling_auto
+        from senri_hf.families import FAMILIES, TABLES
+        for model_type, family in FAMILIES.items():
+            config = type(AutoConfig.for_model(model_type))
+            assert config.__name__ == family.prefix + "Config" and config.model_type == model_type
+            for kind in family.models:
+                table = getattr(modeling_auto, TABLES[kind].removesuffix("_NAMES"))
+                assert table[config].__name__ == family.prefix + kind
+                assert table[config].__module__ == "senri_hf.modeling." + family.module
+        """
+    )
+    assert result.returncode == 0, result.stderr
+
+
 @pytest.mark.parametrize("name", [name for name in senri_hf.__all__ if name != "__version__"])
 def test_every_public_name_is_there_and_explained(name: str) -> None:
     value = getattr(senri_hf, name)

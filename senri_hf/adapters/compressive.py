@@ -39,7 +39,9 @@ class CompressiveAdapterConfig(CompressiveConfig, MemoryAdapterConfig):
         super().validate()
         check_choice("read_scope", self.read_scope, ("conversation", "tokens"))
 
-    def new_block(self, decoder_layer: nn.Module, hidden_size: int, num_heads: int) -> "CompressiveBlock":
+    def new_block(
+        self, decoder_layer: nn.Module, hidden_size: int, num_heads: int, layer_idx: int
+    ) -> "CompressiveBlock":
         return CompressiveBlock(self, decoder_layer, hidden_size)
 
 

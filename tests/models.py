@@ -4,7 +4,7 @@ A new architecture, mechanism or setting joins all tests by an entry in the tabl
 """
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,8 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPTNeoXConfig,
@@ -25,7 +27,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from senri_hf import MemoryAdapterConfig, MemoryCache
+from senri_hf import MemoryAdapterConfig, MemoryCache, pythia_layers, senri_layers
 from senri_hf.adapters.mechanisms import MECHANISMS
 from senri_hf.memory.owner import owners
 
@@ -186,6 +188,58 @@ def perturb(model: PeftModel, seed: int = 0) -> PeftModel:
     return model
 
 
+# Models that have their memory built in: what makes the tiny one of a family with each of its settings.
+BUILT_IN: dict[str, dict[str, Callable[[], dict[str, Any]]]] = {
+    "senri": {
+        "default": lambda: {"layers": senri_layers(1) + pythia_layers(1) + senri_layers(1)},
+        "gated": lambda: {"layers": senri_layers(1, update_rule="gated_delta", memory_head_dim=8) + pythia_layers(2)},
+        "slots": lambda: {
+            "layers": pythia_layers(2) + senri_layers(1, num_memories=3, memory_head_dim=8, memory_slot_tokens=7)
+        },
+        "segments": lambda: {
+            "layers": senri_layers(2, update_rule="corrected_delta", memory_segment_length=5) + pythia_layers(1)
+        },
+        "memory only": lambda: {
+            "layers": senri_layers(1, use_delta_rule=False)
+            + senri_layers(2, update_rule="gated_delta", memory_head_dim=8, num_memories=2, memory_slot_tokens=7)
+        },
+    },
+}
+
+
+@dataclass(frozen=True)
+class BuiltIn(Subject):
+    """A family whose memory is built in, with settings: no adapter, and a first conversation reads itself."""
+
+    def fresh(self, seed: int = 0, model: dict[str, Any] | None = None, **settings: Any) -> Any:
+        torch.manual_seed(seed)
+        special = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
+        sizes = {"vocab_size": VOCABULARY, "hidden_size": HIDDEN, "intermediate_size": 64, "num_attention_heads": 4}
+        own = BUILT_IN[self.arch][self.variant]()
+        config = AutoConfig.for_model(self.arch, **{**special, **sizes, **own, **(model or {}), **settings})
+        return AutoModelForCausalLM.from_config(config).eval()
+
+    def build(self, seed: int = 0, model: dict[str, Any] | None = None, **settings: Any) -> Any:
+        built = self.fresh(seed, model, **settings)
+        with torch.no_grad():
+            for parameter in built.parameters():
+                if parameter.dim() == 2:
+                    parameter.normal_(std=0.4)
+            built.get_input_embeddings().weight.normal_(std=0.5)
+        return built
+
+    @property
+    def reads_own_conversation(self) -> bool:
+        return True
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {}
+
+
+BUILT_IN_SUBJECTS = [BuiltIn(family, "built_in", variant) for family in BUILT_IN for variant in BUILT_IN[family]]
+
+
 def subjects(arch: str, variants: Iterable[str] | None = None) -> list[Subject]:
     """An architecture with every mechanism and all of its settings, or some of them."""
     return [
@@ -208,6 +262,17 @@ REMEMBERING = [subject for subject in LLAMA if subject.remembers]
 def tokens(rows: int, length: int, seed: int = 0) -> Tensor:
     """Random ids [rows, length] without special tokens."""
     return torch.randint(3, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def padded(rows: list[Tensor], side: str) -> dict[str, Tensor]:
+    """Rows [1, T] of different lengths as a batch with its mask and positions."""
+    longest = max(row.shape[1] for row in rows)
+    ids, mask = (torch.full((len(rows), longest), fill) for fill in (PAD, 0))
+    for index, row in enumerate(rows):
+        columns = slice(longest - row.shape[1], None) if side == "left" else slice(row.shape[1])
+        ids[index, columns], mask[index, columns] = row[0], 1
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
 
 
 def feed(

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import (
     ARCHITECTURES,
+    BUILT_IN_SUBJECTS,
     DEFAULTS,
     LLAMA,
     PAD,
@@ -26,6 +27,7 @@ from models import (
     assert_same_memory,
     feed,
     greedy,
+    padded,
     remembering,
     subjects,
     talk,
@@ -41,8 +43,9 @@ from senri_hf.memory import file
 from senri_hf.memory.owner import owners
 
 
-every_subject = pytest.mark.parametrize("subject", SUBJECTS, ids=str)
-every_setting = pytest.mark.parametrize("subject", LLAMA, ids=str)
+every_subject = pytest.mark.parametrize("subject", SUBJECTS + BUILT_IN_SUBJECTS, ids=str)
+every_adapter = pytest.mark.parametrize("subject", SUBJECTS, ids=str)
+every_setting = pytest.mark.parametrize("subject", LLAMA + BUILT_IN_SUBJECTS, ids=str)
 every_mechanism = pytest.mark.parametrize("subject", DEFAULTS, ids=str)
 CONVERSATIONS = [tokens(1, length, seed=length) for length in (23, 9, 14)]
 pieces = st.lists(st.integers(1, 9), min_size=1, max_size=5)
@@ -54,7 +57,7 @@ def test_every_mechanism_is_tested() -> None:
     assert {subject.arch for subject in SUBJECTS} == set(ARCHITECTURES)
 
 
-@every_subject
+@every_adapter
 def test_memory_is_read(subject: Subject) -> None:
     """What the other tests compare is not empty: memory changes the logits, and their texts are varied."""
     model, ids = subject.model(), tokens(1, 12, seed=9)
@@ -147,17 +150,6 @@ def test_pieces_give_the_gradients_of_the_whole(subject: Subject, lengths: list[
 
 
 # 2. Rows are strangers.
-
-
-def padded(rows: list[Tensor], side: str) -> dict[str, Tensor]:
-    """Rows [1, T] of different lengths as a batch with its mask and positions."""
-    longest = max(row.shape[1] for row in rows)
-    ids, mask = (torch.full((len(rows), longest), fill) for fill in (PAD, 0))
-    for index, row in enumerate(rows):
-        columns = slice(longest - row.shape[1], None) if side == "left" else slice(row.shape[1])
-        ids[index, columns], mask[index, columns] = row[0], 1
-    positions = (mask.cumsum(1) - 1).clamp_min(0)
-    return {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
 
 
 ROWS = [[tokens(1, length, seed=10 * row + turn) for turn, length in enumerate(lengths)]
@@ -262,10 +254,14 @@ def test_every_beam_carries_its_own_memory(subject: Subject) -> None:
 @torch.no_grad()
 def test_a_finished_row_writes_no_padding(subject: Subject) -> None:
     """While the others go on, its memory stays that of its own text and the end that it was fed."""
-    ids = tokens(2, 7, seed=40)
     plain = subject.build()
-    text = greedy(plain, ids, remembering(plain, rows=2), new=14)
-    end = next(t for t in text[0].tolist() if t not in text[1].tolist() and t not in text[0, :2].tolist())
+    for seed in range(40, 60):  # until one row says something that the other does not
+        ids = tokens(2, 7, seed)
+        text = greedy(plain, ids, remembering(plain, rows=2), new=14)
+        ends = [t for t in text[0].tolist() if t not in text[1].tolist() and t not in text[0, :2].tolist()]
+        if ends and text[0].tolist().index(ends[0]) < 11:
+            end = ends[0]
+            break
     model = subject.build(model={"eos_token_id": end})
     before = remembering(model, rows=2)
     memory = before.snapshot()
@@ -322,7 +318,7 @@ def test_a_token_changes_nothing_before_it(subject: Subject, place: int) -> None
     assert not torch.equal(a[:, place], b[:, place])
 
 
-@every_subject
+@every_adapter
 @torch.no_grad()
 def test_a_conversation_reads_what_came_before_it_only(subject: Subject) -> None:
     """What is written meanwhile is not read: a first conversation is the base model's own."""
@@ -383,8 +379,10 @@ def test_a_memory_says_where_it_comes_from(subject: Subject, tmp_path: Path) -> 
 
 
 def in_bfloat16(model: PeftModel) -> PeftModel:
-    """A copy whose base is in bfloat16 and whose adapter stays in float32, as PEFT makes it."""
+    """A copy in bfloat16; of a model with an adapter the base only, as PEFT makes it."""
     other = copy.deepcopy(model)
+    if not isinstance(other, PeftModel):
+        return other.to(torch.bfloat16)
     ours = {id(p) for owner in owners(other) for p in owner.parameters()}  # type: ignore[attr-defined]
     for parameter in other.parameters():
         if id(parameter) not in ours:
@@ -683,7 +681,7 @@ def test_memory_does_not_grow_with_what_is_read(subject: Subject, way: str) -> N
     counted, held_bytes, context = zip(*sizes, strict=True)
     assert max(counted) <= 1.25 * counted[0]
     assert max(held_bytes) <= 4 * held_bytes[0] and held_bytes[2] <= 1.5 * held_bytes[1], held_bytes
-    assert context[2] > 10 * context[0]
+    assert context[2] > 10 * context[0] or context[2] == 0
 
 
 @every_setting
@@ -701,7 +699,7 @@ def test_memory_between_conversations_has_one_size(subject: Subject) -> None:
 # 6. Off means off.
 
 
-@every_subject
+@every_adapter
 @torch.no_grad()
 def test_without_memory_the_model_is_the_base_model(subject: Subject) -> None:
     """Bit for bit, cached or not: an adapter that is fresh, disabled, or reads an empty or a reset memory."""
@@ -731,7 +729,7 @@ def base_logits(model: PeftModel, ids: Tensor) -> Tensor:
         return model(input_ids=ids, use_cache=True).logits
 
 
-@every_subject
+@every_adapter
 @torch.no_grad()
 def test_generation_with_an_empty_memory_is_the_base_models(subject: Subject) -> None:
     """Token for token; and with a disabled adapter, whatever the memory holds."""
@@ -747,7 +745,7 @@ def test_generation_with_an_empty_memory_is_the_base_models(subject: Subject) ->
         assert torch.equal(greedy(model, ids, MemoryCache.for_model(model), new=10), expected)
 
 
-@every_subject
+@every_adapter
 @torch.no_grad()
 def test_a_disabled_adapter_writes_nothing(subject: Subject) -> None:
     """Memory is as it was, bit for bit."""

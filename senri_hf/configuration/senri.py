@@ -9,7 +9,8 @@ from transformers import GPTNeoXConfig
 from .compressive import CompressiveConfig
 
 
-MEMORY, ATTENTION = "senri_memory", "full_attention"
+# The first memory layer of a model without attention also counts the tokens of the context.
+MEMORY, COUNTING_MEMORY, ATTENTION = "senri_memory", "counting_senri_memory", "full_attention"
 MEMORY_SETTINGS = tuple(f.name for f in fields(CompressiveConfig))
 
 
@@ -68,7 +69,8 @@ class SenriConfig(GPTNeoXConfig):
     Args:
         layers: What `senri_layers` and `pythia_layers` return, added up.
         layer_types: The layers' types, `"senri_memory"` or `"full_attention"`; it follows from `layers`, and makes
-            them, with default settings, where they are not given.
+            them, with default settings, where they are not given. In a model without attention the first one is
+            `"counting_senri_memory"`.
     """
 
     model_type = "senri"
@@ -95,10 +97,13 @@ class SenriConfig(GPTNeoXConfig):
             count = 6 if self.num_hidden_layers is None else self.num_hidden_layers
             if self.layer_types is None:
                 self.layer_types = [MEMORY] * min(count, 1) + [ATTENTION] * (count - 1)
-            self.layers = [memory_layer({}) if kind == MEMORY else {"type": kind} for kind in self.layer_types]
-        else:
-            self.layers = [checked_layer(layer) for layer in self.layers]
+            memory = (MEMORY, COUNTING_MEMORY)
+            self.layers = [{"type": MEMORY if kind in memory else kind} for kind in self.layer_types]
+            self.layer_types = None
+        self.layers = [checked_layer(layer) for layer in self.layers]
         types = [layer["type"] for layer in self.layers]
+        if types and ATTENTION not in types:
+            types[0] = COUNTING_MEMORY
         for name, ours, given in (
             ("layer_types", types, self.layer_types),
             ("num_hidden_layers", len(types), self.num_hidden_layers),
@@ -109,10 +114,7 @@ class SenriConfig(GPTNeoXConfig):
         super().__post_init__(**kwargs)
 
     def validate_layer_type(self) -> None:
-        """Part of `@strict`'s validation: memory layers are layers, too."""
-        wrong = [kind for kind in self.layer_types or [] if kind not in (MEMORY, ATTENTION)]
-        if wrong:
-            raise ValueError(f"A layer of type {wrong[0]!r} was given, but a layer is {MEMORY!r} or {ATTENTION!r}")
+        """Part of `@strict`'s validation, where transformers knows no memory layers; see `checked_layer`."""
 
     def memory_settings(self, layer_idx: int) -> CompressiveConfig:
         """The settings of a memory layer."""
@@ -126,6 +128,8 @@ def checked_layer(layer: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"{layer!r} is no layer: expected what senri_layers(…) or pythia_layers(…) returns")
     if layer["type"] == MEMORY:
         return memory_layer({name: value for name, value in layer.items() if name != "type"})
+    if layer["type"] != ATTENTION:
+        raise ValueError(f"type={layer['type']!r} was given, but a layer is {MEMORY!r} or {ATTENTION!r}")
     if len(layer) > 1:
         raise ValueError(f"{layer!r} was given, but a layer of type {layer['type']!r} has no settings of its own")
     return dict(layer)

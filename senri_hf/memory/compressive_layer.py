@@ -173,17 +173,15 @@ class Journal:
     columns: int = 0  # in `since`
 
 
-class CompressiveLayer(MemoryLayer, CacheLayerMixin):
+class CompressiveLayer(MemoryLayer):
     """Compressive memory of one layer, for the rows of a batch.
-
-    It also counts the columns of the open conversation, for models in which no layer holds keys and values.
 
     Args:
         shape: What it is made of. None in a cache that was made from a config alone: the model says it then.
         commits: Whether what a conversation wrote is read only after it.
     """
 
-    _layer_type = "senri_memory"  # type: ignore[misc]
+    _layer_type = "senri_memory"
 
     def __init__(
         self,
@@ -194,11 +192,13 @@ class CompressiveLayer(MemoryLayer, CacheLayerMixin):
         writes_generated: bool = True,
         **kwargs: Any,
     ) -> None:
-        MemoryLayer.__init__(self, layer_idx, adapter_name)
+        super().__init__(layer_idx, adapter_name)
         self.shape = shape
         self.commits = commits
         self.writes_generated = writes_generated
-        self.columns = 0
+        self.columns = 0  # of the open conversation
+        # In a static cache masks span all of its columns, and transformers asks all layers whether it is one.
+        self.is_compileable = "max_cache_len" in kwargs
         self.now: Progress | None = None
         self.journal: Journal | None = None
 
@@ -359,7 +359,11 @@ class CompressiveLayer(MemoryLayer, CacheLayerMixin):
             "root mean square of the matrix": state.memory.square().mean().sqrt().item(),
         }
 
-    # What transformers asks of a layer that counts the context.
+
+class CountingCompressiveLayer(CompressiveLayer, CacheLayerMixin):
+    """The first layer of a model in which no layer holds keys and values: it says how long the context is."""
+
+    _layer_type = "counting_senri_memory"  # type: ignore[misc]
 
     def get_seq_length(self) -> int:
         return self.columns
@@ -374,4 +378,4 @@ class CompressiveLayer(MemoryLayer, CacheLayerMixin):
         """Nothing: it begins with the first tokens."""
 
     def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        return MemoryLayer.update(self, key_states, value_states, *args, **kwargs)
+        return CompressiveLayer.update(self, key_states, value_states, *args, **kwargs)

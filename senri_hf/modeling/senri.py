@@ -23,8 +23,15 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from ..configuration.senri import ATTENTION, MEMORY, SenriConfig, pythia_layers, senri_layers
-from ..memory import CompressiveLayer, CompressiveMemory, MemoryCache, MemoryLayer, MemoryOwner
+from ..configuration.senri import ATTENTION, COUNTING_MEMORY, SenriConfig, pythia_layers, senri_layers
+from ..memory import (
+    CompressiveLayer,
+    CompressiveMemory,
+    CountingCompressiveLayer,
+    MemoryCache,
+    MemoryLayer,
+    MemoryOwner,
+)
 from ..memory.cache import BUILT_IN
 from ..memory.compressive_layer import Progress, Step
 from ..memory.layout import Layout
@@ -41,6 +48,7 @@ class SenriLayer(GradientCheckpointingLayer, MemoryOwner):
     def __init__(self, config: SenriConfig, layer_idx: int) -> None:
         super().__init__()
         self.layer_idx = layer_idx
+        self.counts = (config.layer_types or [])[layer_idx] == COUNTING_MEMORY
         self.use_parallel_residual = config.use_parallel_residual
         self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -50,7 +58,8 @@ class SenriLayer(GradientCheckpointingLayer, MemoryOwner):
         self.mlp = GPTNeoXMLP(config)
 
     def memory_layers(self) -> list[MemoryLayer]:
-        return [CompressiveLayer(self.memory.shape, self.layer_idx, BUILT_IN)]
+        kind = CountingCompressiveLayer if self.counts else CompressiveLayer
+        return [kind(self.memory.shape, self.layer_idx, BUILT_IN)]
 
     def forward(
         self, hidden_states: Tensor, point: Progress | None, layout: Layout, writes: bool
@@ -106,8 +115,12 @@ class SenriModel(SenriPreTrainedModel):
         assert config.layer_types is not None
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.emb_dropout = nn.Dropout(config.hidden_dropout)
-        kinds = {MEMORY: SenriLayer, ATTENTION: PythiaLayer}
-        self.layers = nn.ModuleList([kinds[kind](config, index) for index, kind in enumerate(config.layer_types)])
+        self.layers = nn.ModuleList(
+            [
+                (PythiaLayer if kind == ATTENTION else SenriLayer)(config, index)
+                for index, kind in enumerate(config.layer_types)
+            ]
+        )
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.rotary_emb = GPTNeoXRotaryEmbedding(config)
         self.gradient_checkpointing = False

@@ -1,5 +1,6 @@
 """Tasks on which the memory is trained and scored."""
 
+from .associative import AssociativeRecall, Passkey
 from .recall import (
     Episode,
     Question,
@@ -15,8 +16,10 @@ from .sequences import CyclicSequence, autocorrelation, lorenz_symbols, lorenz_t
 
 
 __all__ = [
+    "AssociativeRecall",
     "CyclicSequence",
     "Episode",
+    "Passkey",
     "Question",
     "autocorrelation",
     "distractor_conversations",

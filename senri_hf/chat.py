@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from .adapters.decoder import find_decoder
 from .memory import MemoryCache
+from .memory.decoder import find_decoder
 
 
 # For a tokenizer that has no chat template.

@@ -20,9 +20,10 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreT
 
 from senri_hf import MemoryAdapterConfig, MemoryCache
 from senri_hf.adapters import MemoryTuner
-from senri_hf.adapters.decoder import attention_weights, find_decoder, find_decoder_layers
+from senri_hf.adapters.decoder import attention_weights, find_decoder_layers
 from senri_hf.adapters.episodic import EpisodicAdapterConfig
 from senri_hf.adapters.layer import MemoryAdapterLayer
+from senri_hf.memory.decoder import find_decoder
 
 
 IDS = tokens(1, 7, seed=9)

@@ -9,8 +9,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from senri_hf import EpisodicConfig
-from senri_hf.adapters.decoder import attention_weights, find_decoder, find_decoder_layers, input_norm, output_scale
+from senri_hf.adapters.decoder import attention_weights, find_decoder_layers, input_norm, output_scale
 from senri_hf.memory import EpisodicReader
+from senri_hf.memory.decoder import find_decoder
 from senri_hf.memory.episodic import EpisodicState
 
 
@@ -79,7 +80,9 @@ def test_a_memory_that_starts_from_known_attention_can_be_read(model_type: str) 
     with torch.device("meta"):
         reader = EpisodicReader(config, input_norm(layer, hidden.shape[-1]), attention_weights(layer))
         memory = EpisodicState.empty(2, hidden.shape[-1], config, hidden.device)
-        read = reader(reader.encode(hidden), reader.project(memory)).added
+        encoded = reader.encode(hidden)
+        asked = reader.asked_parts(encoded, torch.ones(2, 3, device="meta"))
+        read = reader(encoded, reader.project(memory), asked).added
     assert read.shape == hidden.shape
     scale = output_scale(layer)
     assert (scale is not None) == model_type.startswith("gemma")

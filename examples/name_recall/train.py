@@ -18,7 +18,8 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.utils import load_peft_weights
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -37,6 +38,7 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--model", default="smollm2-135m-instruct", help="a name that senri_hf.load_base knows, a Hub id or a folder")
     add("--lr", type=float, default=1e-4, help="learning rate")
+    add("--from-adapter", type=Path, help="begin with what of this adapter's weights fits")
     add("--gate-lr-multiplier", type=float, default=30.0, help="gates' learning rate as a multiple of that")
     add("--epochs", type=int, default=10, help="passes over the training episodes")
     add("--batch-size", type=int, default=1, help="episodes per forward pass")
@@ -194,6 +196,8 @@ def main() -> None:
         init=args.init,
     )
     model = get_peft_model(base, config)
+    if args.from_adapter:
+        set_peft_model_state_dict(model, load_peft_weights(args.from_adapter, device="cpu"))
     model.print_trainable_parameters()
     trainer = senri_hf.MemoryTrainer(
         model=model,

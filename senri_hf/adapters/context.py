@@ -1,12 +1,11 @@
 """What the hooks of one model share during a forward pass."""
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
@@ -146,9 +145,3 @@ class ForwardContext:
             if self.memory is not None:
                 self.memory.note_tokens(self.ids)
         self.clear()
-
-
-def named_arguments(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a decoder's forward by name."""
-    names = list(inspect.signature(type(decoder).forward).parameters)[1:]
-    return dict(zip(names, args, strict=False)) | kwargs

@@ -10,15 +10,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..memory import AttentionWeights
-
-
-def find_decoder(model: PreTrainedModel) -> nn.Module:
-    """The module that runs the decoder layers and returns their last hidden state."""
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-    # In some models the projection to the vocabulary is called a decoder.
-    if decoder is None or not any(isinstance(module, nn.ModuleList) for module in decoder.modules()):
-        return model.base_model
-    return decoder
+from ..memory.decoder import find_decoder
 
 
 def find_decoder_layers(model: PreTrainedModel, pattern: str | None = None) -> nn.ModuleList:

@@ -35,6 +35,7 @@ class Written:
     layer: EpisodicLayer
     hidden: Tensor
     access: Tensor
+    asked: Tensor
 
 
 class EpisodicBlock(EpisodicReader, MemoryBlock):
@@ -66,33 +67,34 @@ class EpisodicBlock(EpisodicReader, MemoryBlock):
             return None
         layer = cast(EpisodicLayer, memory)
         encoded = self.encode(hidden)
-        real = context.written(layer)
+        real, asked = context.written(layer), self.asked_parts(encoded, context.real)
         if self.config.read_scope == "conversation" or encoded.shape[1] == 1:
-            return self.read_then_write(layer, encoded, real, context)
+            return self.read_then_write(layer, encoded, real, asked, context)
         reads = []
         for start, stop in layer.blocks(real):
             # Copies: what waits for its segment would keep the whole alive.
             piece = encoded[:, start:stop].clone()
-            read = self.read_then_write(layer, piece, real[:, start:stop].clone(), context)
+            written, parts = real[:, start:stop].clone(), asked[:, start:stop].clone()
+            read = self.read_then_write(layer, piece, written, parts, context)
             reads.append(torch.zeros_like(piece) if read is None else read)
         return torch.cat(reads, dim=1)
 
     def read_then_write(
-        self, memory: EpisodicLayer, encoded: Tensor, real: Tensor, context: ForwardContext
+        self, memory: EpisodicLayer, encoded: Tensor, real: Tensor, asked: Tensor, context: ForwardContext
     ) -> Tensor | None:
         """What memory adds to encoded [B, T, D], None where it is blank; the same tokens are then written."""
         view = self.view_of(memory)
         if view is None:
             read, access = None, encoded.new_zeros(*real.shape, memory.config.store_slots, dtype=torch.float32)
         else:
-            reading = self(encoded, view)
+            reading = self(encoded, view, memory.asked_upto(asked))
             read, access = reading.added, reading.access
             memory.conversation_scores = reading.conversation_scores
         if self.predictor is None:
-            context.at_end(write_surprised, Written(memory, encoded, access))
+            context.at_end(write_surprised, Written(memory, encoded, access, asked))
         else:
             self.write_predicted(
-                memory, Tokens(encoded, torch.zeros_like(encoded[..., 0]), access, real), context.all_real
+                memory, Tokens(encoded, torch.zeros_like(encoded[..., 0]), access, asked, real), context.all_real
             )
         return read
 
@@ -115,7 +117,7 @@ def write_surprised(items: list[Any], hidden: Tensor, context: ForwardContext) -
     with torch.no_grad():
         surprise = negative_log_likelihood(context, hidden)
     for write in items:
-        write.layer.append(Tokens(write.hidden, surprise, write.access, context.written(write.layer)))
+        write.layer.append(Tokens(write.hidden, surprise, write.access, write.asked, context.written(write.layer)))
 
 
 def shift(hidden: Tensor, real: Tensor, before: Tensor, all_real: bool) -> Tensor:

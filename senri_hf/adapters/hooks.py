@@ -8,8 +8,9 @@ from typing import Any, cast
 
 from torch import nn
 
+from ..memory.decoder import named_arguments
 from ..memory.router_loss import share_of_batch, take_router_loss
-from .context import ForwardContext, named_arguments
+from .context import ForwardContext
 from .layer import MemoryAdapterLayer
 
 

@@ -8,9 +8,10 @@ from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
+from ..memory.decoder import find_decoder
 from .config import MemoryAdapterConfig
 from .context import ForwardContext
-from .decoder import find_decoder, find_decoder_layers
+from .decoder import find_decoder_layers
 from .hooks import decoder_hook, decoder_pre_hook, layer_hook, model_hook
 from .layer import MemoryAdapterLayer, merging
 from .registration import PREFIX

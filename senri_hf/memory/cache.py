@@ -8,13 +8,18 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, StaticLayer
 
+from ..configuration.attention_memory import AttentionMemoryConfig
 from . import file
+from .attention_layer import AttentionMemoryLayer
 from .fingerprint import fingerprint
+from .key_values import KeyValueLayer
 from .layer import ROLLBACK_TOKENS, MemoryLayer
+from .observation import observe
 from .owner import owners
+from .served import layouts_of
 
 
 # What stands for an adapter's name in the memory of a model that has it built in.
@@ -44,6 +49,9 @@ class MemoryCache(DynamicCache):
         model_fingerprint: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(config=config)
+        if any(isinstance(layer, AttentionMemoryLayer) for layer in memory_layers):
+            self.layers = [KeyValueLayer.like(layer) for layer in self.layers]
+        self.tokenizer: PreTrainedTokenizerBase | None = None
         self.model_fingerprint = model_fingerprint or {}
         self.parent: str | None = None
         self.is_recording = False
@@ -60,19 +68,28 @@ class MemoryCache(DynamicCache):
         self._index()
 
     @classmethod
-    def for_model(cls, model: PreTrainedModel) -> Self:
-        """A new, empty memory for a model with a memory adapter (or memory of its own).
+    def for_model(
+        cls, model: PreTrainedModel, *, tokenizer: PreTrainedTokenizerBase | None = None, **settings: Any
+    ) -> Self:
+        """A new, empty memory for a model.
+
+        A model with a memory adapter, or with memory of its own, gets that. A plain model gets memory without training:
+        keys and values that its own attention reads; with `settings` any model does, beside its own.
+
+        Args:
+            tokenizer: Lets the memory be told in words (`summary`, `forget(matching=…)`).
+            settings: Those of `AttentionMemoryConfig`: `slots`, `policy`, …
 
         Raises:
-            ValueError: when the model holds no memory.
+            ValueError: for a setting that does not exist or is out of its range, and for a model that cannot have a
+                memory without training, with the reason.
         """
         layers = [layer for owner in owners(model) for layer in owner.memory_layers()]
-        if not layers:
-            raise ValueError(
-                f"{type(model).__name__} holds no memory. Add an adapter first: "
-                "get_peft_model(model, senri_hf.MemoryAdapterConfig(...)), or PeftModel.from_pretrained(model, folder)"
-            )
-        return cls(model.config, layers, fingerprint(model))
+        if settings or not layers:
+            layers.append(attention_memory(cls, model, settings))
+        memory = cls(model.config, layers, fingerprint(model))
+        memory.tokenizer = tokenizer
+        return memory
 
     @property
     def memory_layers(self) -> list[MemoryLayer]:
@@ -87,15 +104,31 @@ class MemoryCache(DynamicCache):
         self._memory = {
             (layer.layer_idx, layer.adapter_name): layer for layer in self.layers if isinstance(layer, MemoryLayer)
         }
+        for layer in self._memory.values():
+            layer.bind(self.layers)
+
+    @property
+    def attention_memory(self) -> AttentionMemoryLayer | None:
+        """The memory without training, where there is one."""
+        return next((layer for layer in self.memory_layers if isinstance(layer, AttentionMemoryLayer)), None)
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """Columns that attention sees before the context's next token, memory's own included."""
+        layer = self.layers[layer_idx]
+        return layer.columns if isinstance(layer, KeyValueLayer) else super().get_query_offset(layer_idx)
 
     # The life of a memory.
 
     def clear_context(self) -> None:
         """End the conversation: attention forgets all of it, and what memory took in is read from now on."""
+        for layer in self.memory_layers:
+            layer.clear_context()
+        self._clear_attention()
+
+    def _clear_attention(self) -> None:
+        """Have attention forget the context."""
         for layer in self.layers:
-            if isinstance(layer, MemoryLayer):
-                layer.clear_context()
-            else:
+            if not isinstance(layer, MemoryLayer):
                 layer.reset()
         self._clear_recent()
 
@@ -223,6 +256,8 @@ class MemoryCache(DynamicCache):
         for layer in self.layers:
             if isinstance(layer, MemoryLayer):
                 layer.map_rows(lambda tensor: tensor.to(device))
+            elif isinstance(layer, KeyValueLayer):
+                layer.map(lambda tensor: tensor.to(device))
             elif layer.is_initialized and layer.keys is not None:
                 layer.keys, layer.values = layer.keys.to(device), layer.values.to(device)
                 layer.device = layer.keys.device
@@ -342,10 +377,7 @@ class MemoryCache(DynamicCache):
             raise ValueError(f"The memory's layers hold different numbers of rows: {sorted(counts)}")
         for place, memory_layer in expected.items():
             memory_layer.load_state_dict(parts.get(place, {}))
-        for layer in self.layers:
-            if not isinstance(layer, MemoryLayer):
-                layer.reset()
-        self._clear_recent()
+        self._clear_attention()
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Save the memory (not the context) as a folder: safetensors, a JSON that says what it is, and a card.
@@ -387,6 +419,7 @@ class MemoryCache(DynamicCache):
         *,
         model: PreTrainedModel,
         device: torch.device | str | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         **hub_kwargs: Any,
     ) -> Self:
         """Load a memory that `save_pretrained` wrote, from a folder or from the Hub.
@@ -394,6 +427,7 @@ class MemoryCache(DynamicCache):
         Args:
             model: The model that is to read it: the one that wrote it, or an equal one.
             device: Where to put it; the model's device when None.
+            tokenizer: Lets the memory be told in words, as for `for_model`.
             hub_kwargs: `revision`, `token`, `cache_dir`, … as for any download.
 
         Raises:
@@ -401,7 +435,7 @@ class MemoryCache(DynamicCache):
             OSError: when there is no such memory.
         """
         tensors, description = file.load(pretrained_model_name_or_path, **hub_kwargs)
-        memory = cls.for_model(model)
+        memory = cls.for_model(model, tokenizer=tokenizer, **description.get("attention_memory", {}))
         file.check_fits(description, memory.description())
         memory.load_state_dict(tensors)
         memory.parent = description["memory"]
@@ -409,8 +443,10 @@ class MemoryCache(DynamicCache):
 
     def description(self) -> dict[str, Any]:
         """What a memory file says of itself, without its tensors."""
+        attention = self.attention_memory
         return {
             "model": self.model_fingerprint,
+            **({} if attention is None else {"attention_memory": attention.settings}),
             "tokens_seen": self.tokens_seen.tolist(),
             "parent": self.parent,
             "layers": [[layer.adapter_name, layer.layer_idx, layer._layer_type] for layer in self.memory_layers],
@@ -439,6 +475,25 @@ def layer_in(
     layer = new_layer(layer_idx, adapter_name)
     cache.layers.append(layer)
     return layer
+
+
+def attention_memory(
+    cache_class: type[MemoryCache], model: PreTrainedModel, settings: dict[str, Any]
+) -> AttentionMemoryLayer:
+    """A blank memory without training, for a model that was found to be served."""
+    config = AttentionMemoryConfig.of(settings)
+    whole: Any = model
+    base: PreTrainedModel = whole.get_base_model() if hasattr(whole, "get_base_model") else whole
+
+    def remembers(ids: Tensor, layouts: list[Any], rotary: Any) -> MemoryCache:
+        everything = AttentionMemoryConfig(slots=ids.shape[1], policy="all", sinks=0)
+        memory = cache_class(base.config, [AttentionMemoryLayer(everything, base, layouts, rotary)])
+        base(input_ids=ids, past_key_values=memory)
+        memory.clear_context()
+        return memory
+
+    observe(base)
+    return AttentionMemoryLayer(config, base, *layouts_of(base, remembers))
 
 
 def copy_layer(layer: Any) -> Any:

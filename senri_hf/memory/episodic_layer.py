@@ -21,6 +21,7 @@ class Tokens(RowState):
     hidden: Tensor  # [B, T, D]
     surprise: Tensor  # [B, T]
     access: Tensor  # [B, T, M] attention mass that the token's read gave to every store slot
+    asked: Tensor  # [B, T, K] what the token adds to what the open conversation asks about
     real: Tensor  # [B, T] bool
 
     @property
@@ -36,6 +37,7 @@ class Tokens(RowState):
             take(self.hidden, index),
             self.surprise.gather(1, index),
             take(self.access, index),
+            take(self.asked, index),
             self.real.gather(1, index),
         )
 
@@ -55,6 +57,7 @@ class Progress:
         staged: The memory that is written.
         open: Tokens of the open segment, in the chunks in which they came.
         previous: [B, D] the last token so far, zero where there is none.
+        asked: [B, K] the sum of what the conversation's tokens added to what it asks about; None before the first.
         open_bound: Upper bound of the open segment's length in any row, known without asking the device.
     """
 
@@ -64,6 +67,7 @@ class Progress:
     open: tuple[Tokens, ...] = ()
     open_bound: int = 0
     blank: bool = True
+    asked: Tensor | None = None
 
     def map(self, function: Callable[[Any], Any]) -> "Progress":
         """Apply `function` to every RowState and tensor held."""
@@ -73,6 +77,7 @@ class Progress:
             staged=function(self.staged),
             previous=function(self.previous),
             open=tuple(function(chunk) for chunk in self.open),
+            asked=None if self.asked is None else function(self.asked),
         )
 
 
@@ -124,6 +129,12 @@ class EpisodicLayer(MemoryLayer):
     def previous(self, hidden: Tensor) -> Tensor:
         """The last written token of this conversation for the rows of hidden [B, T, D]: [B, D], zero at its start."""
         return self._begin(hidden).previous
+
+    def asked_upto(self, parts: Tensor) -> Tensor:
+        """What was asked about up to each of the next tokens, given what these add to it, [B, T, K]."""
+        before = None if self.now is None else self.now.asked
+        upto = parts.cumsum(1)
+        return upto if before is None else upto + before[:, None]
 
     def blocks(self, real: Tensor) -> list[tuple[int, int]]:
         """Split the next columns, real [B, T], where a segment of some row is complete, as (start, stop) pairs."""
@@ -286,7 +297,8 @@ class EpisodicLayer(MemoryLayer):
 
     def _absorb(self, now: Progress, tokens: Tokens) -> Progress:
         """`now` after `tokens`."""
-        now = replace(now, previous=last_real(tokens.hidden, tokens.real, now.previous))
+        asked = tokens.asked.sum(1) if now.asked is None else now.asked + tokens.asked.sum(1)
+        now = replace(now, previous=last_real(tokens.hidden, tokens.real, now.previous), asked=asked)
         chunks, bound = (*now.open, tokens), now.open_bound + tokens.columns
         if bound < self.config.segment_length:
             return replace(now, open=chunks, open_bound=bound)

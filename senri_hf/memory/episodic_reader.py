@@ -13,6 +13,9 @@ from .episodic_layer import EpisodicLayer
 
 
 LOW_RANK_SCALE = 2.0
+TOPIC_SCALE = 8.0
+# Logarithm of the largest weight that a token can have in a topic: sums of thousands of them are finite in float32.
+LARGEST_WEIGHT = 30.0
 
 # Conversations that are told apart when memory is read; older ones are taken together.
 CONVERSATIONS = 64
@@ -55,7 +58,7 @@ class MemoryView:
     """A memory as a reader sees it: keys and values of its slots. H heads, G key/value heads, head size d."""
 
     keys: Tensor  # [B, G, N + M, d]
-    topic_keys: Tensor  # [B, G, N + M, d]
+    topics: Tensor  # [B, G, C, t] of unit length, what was talked about in a conversation, by the conversation's age
     values: Tensor  # [B, G, N + M, d]
     conversation: Tensor  # [B, C, N + M] 1 where a slot was written in a conversation, by the conversation's age
     bias: Tensor  # [B, H, N + M] added to scores; minus infinity hides a slot
@@ -83,10 +86,10 @@ class EpisodicReader(nn.Module):
 
     Slots hold the layer's input divided by its RMS; norm and projections are applied when they are read, so that each
     of them learns. The score of a slot is that of its own key, plus the score of the conversation in which it was
-    written: topic_scale times the evidence that this conversation is the one asked about (the log of the summed
-    exponential of topic scores over its slots), less age_scale log(1 + age), so that heads learn how much they prefer
-    what was said last. (A causal model's state of "Tom" in "Tom is my brother" knows nothing of a brother; the
-    conversation does.)
+    written: topic_scale times the cosine of its topic and that of the open conversation so far, less
+    age_scale log(1 + age), so that heads learn how much they prefer what was said last. A topic is a projection of
+    tokens, pooled with learned weights. (A causal model's state of "Tom" in "Tom is my brother" knows nothing of a
+    brother; the conversation does.)
 
     Beside the slots every head sees a null slot of value zero with a learned key and score: a token for which memory
     holds nothing reads nothing. What is read goes through a tanh gate per head, which starts at zero with
@@ -104,20 +107,19 @@ class EpisodicReader(nn.Module):
         self.k_proj = projection(attention.k, attention.biases.get("k"), rank)
         self.v_proj = projection(attention.v, attention.biases.get("v"), rank)
         self.o_proj = projection(attention.o, None, rank)
-        # One topic query per key/value group, which starts as the first query head of the group.
-        head_size = attention.q.shape[0] // self.num_heads
-        first = attention.q.unflatten(0, (self.num_key_value_heads, -1))[:, :head_size].flatten(0, 1)
-        self.topic_q_proj = projection(first, None, rank)
-        self.topic_k_proj = projection(attention.k, None, rank)
+        head_size, hidden_size = attention.q.shape[0] // self.num_heads, attention.q.shape[1]
+        topics = self.num_key_value_heads
+        self.topic_proj = nn.Linear(hidden_size, topics * config.topic_size, bias=False)
+        # What tokens count for in the topic of a past conversation, and in that of the open one.
+        self.told_weight, self.asked_weight = nn.Linear(hidden_size, topics), nn.Linear(hidden_size, topics)
         self.q_norm, self.k_norm = copy.deepcopy(attention.q_norm), copy.deepcopy(attention.k_norm)
         start = 0.0 if config.init == "base_attention" else 1.0
         self.gate = nn.Parameter(torch.full((self.num_heads,), start))
         self.null_score = nn.Parameter(torch.zeros(self.num_heads))
         self.null_key = nn.Parameter(torch.zeros(self.num_key_value_heads, head_size))
-        self.topic_scale = nn.Parameter(torch.ones(self.num_heads))
+        self.topic_scale = nn.Parameter(torch.full((self.num_heads,), TOPIC_SCALE))
         self.strength_scale = nn.Parameter(torch.ones(self.num_heads))
         self.age_scale = nn.Parameter(torch.zeros(self.num_heads))
-        hidden_size = attention.q.shape[1]
         self.predictor: nn.Module | None = None
         if config.surprise == "predictor":
             down, up = nn.Linear(hidden_size, config.predictor_rank), nn.Linear(config.predictor_rank, hidden_size)
@@ -138,7 +140,6 @@ class EpisodicReader(nn.Module):
         keys = split_heads(self.k_proj(slots), self.num_key_value_heads)
         if self.k_norm is not None:
             keys = self.k_norm(keys)
-        topic_keys = split_heads(self.topic_k_proj(slots), self.num_key_value_heads)
         values = split_heads(self.v_proj(slots), self.num_key_value_heads)
         age = torch.cat([memory.buffer_age, memory.store_age], dim=1).clamp_max(CONVERSATIONS - 1)
         live = torch.cat([memory.live_buffer(self.config), memory.live_store()], dim=1)
@@ -146,13 +147,30 @@ class EpisodicReader(nn.Module):
         bias = torch.nn.functional.pad(decayed, (0, memory.store.shape[1])).masked_fill(~live[:, None], -torch.inf)
         conversation = age[:, None] == torch.arange(CONVERSATIONS, device=age.device)[:, None]
         conversation = (conversation & live[:, None]).to(torch.float32)
-        return MemoryView(keys, topic_keys, values, conversation, bias, memory.store.shape[1])
+        told = self.topic_parts(torch.cat([memory.buffer, memory.store], dim=1), self.told_weight)
+        topics = self.topic((conversation @ told.flatten(2)).unflatten(-1, told.shape[2:]))
+        return MemoryView(keys, topics.transpose(1, 2), values, conversation, bias, memory.store.shape[1])
 
-    def forward(self, encoded: Tensor, view: MemoryView) -> Reading:
+    def topic_parts(self, encoded: Tensor, weight: nn.Module) -> Tensor:
+        """What tokens [B, T, D] add to topics: their projections and 1, times their weights, [B, T, G, t + 1]."""
+        encoded = encoded.to(self.gate.dtype)
+        share = weight(encoded).float().clamp_max(LARGEST_WEIGHT).exp()[..., None]
+        return torch.cat([self.topic_proj(encoded).float().unflatten(-1, (share.shape[2], -1)) * share, share], dim=-1)
+
+    def topic(self, parts: Tensor) -> Tensor:
+        """The topics [..., t], of unit length, of summed parts [..., t + 1]; zero where nothing was summed."""
+        return nn.functional.normalize(parts[..., :-1] / parts[..., -1:].clamp_min(1e-9), dim=-1)
+
+    def asked_parts(self, encoded: Tensor, real: Tensor) -> Tensor:
+        """What tokens [B, T, D] add to the open conversation's topics, nothing where they are padding, flattened."""
+        return (self.topic_parts(encoded, self.asked_weight) * real[..., None, None]).flatten(2)
+
+    def forward(self, encoded: Tensor, view: MemoryView, asked: Tensor) -> Reading:
         """Read memory.
 
         Args:
             encoded: [B, T, D], what `encode` made of the layer's input.
+            asked: [B, T, G (t + 1)] `asked_parts`, summed over the open conversation up to every token.
         """
         batch, length, _ = encoded.shape
         encoded = self.normalise(encoded)
@@ -163,7 +181,7 @@ class EpisodicReader(nn.Module):
         query = query.reshape(batch, self.num_key_value_heads, groups * length, -1)
         score = (query @ view.keys.transpose(2, 3)).view(batch, self.num_heads, length, -1)
         score = score.float() * self.scale + view.bias[:, :, None]
-        conversations = self.score_conversations(encoded, view)
+        conversations = self.score_conversations(asked, view)
         score = score + conversations @ view.conversation[:, None]
         null = (query @ self.null_key[..., None]).float().view(batch, self.num_heads, length, 1) * self.scale
         null = null + self.null_score.float()[:, None, None]
@@ -178,17 +196,12 @@ class EpisodicReader(nn.Module):
         absent = ~view.conversation.any(-1)[:, None, None]
         return Reading(added, access, conversations.masked_fill(absent, -torch.inf))
 
-    def score_conversations(self, encoded: Tensor, view: MemoryView) -> Tensor:
+    def score_conversations(self, asked: Tensor, view: MemoryView) -> Tensor:
         """How much every token reads every conversation, [B, H, T, C] by age, before slots are told apart."""
-        query = split_heads(self.topic_q_proj(encoded), self.num_key_value_heads)
-        match = (query @ view.topic_keys.transpose(2, 3)).float() * self.scale
-        hidden = ~view.conversation.bool().any(1)[:, None, None]  # empty and forgotten slots are no evidence
-        match = match.masked_fill(hidden, torch.finfo(match.dtype).min)
-        match = match - match.detach().amax(-1, keepdim=True)
-        evidence = (match.exp() @ view.conversation[:, None].transpose(2, 3)).clamp_min(1e-9).log()
-        evidence = evidence.repeat_interleave(self.num_heads // self.num_key_value_heads, dim=1)
-        age = torch.log1p(torch.arange(CONVERSATIONS, device=evidence.device))
-        return self.topic_scale[:, None, None] * evidence - self.age_scale[:, None, None] * age
+        topic = self.topic(asked.unflatten(-1, (self.num_key_value_heads, -1))).transpose(1, 2)
+        similar = (topic @ view.topics.transpose(2, 3)).repeat_interleave(self.num_heads // self.num_key_value_heads, 1)
+        age = torch.log1p(torch.arange(CONVERSATIONS, device=similar.device))
+        return self.topic_scale[:, None, None] * similar - self.age_scale[:, None, None] * age
 
     def view_of(self, layer: EpisodicLayer) -> MemoryView | None:
         """The committed memory of a cache layer, None for a blank one.

@@ -160,10 +160,10 @@ def write_buffer(state: EpisodicState, tokens: list[Tensor], first: int, config:
 
 
 def read(reader: EpisodicReader, encoded: Tensor, memory: EpisodicState) -> Reading:
-    """What a reader adds to the residual stream and the mass on store slots: `reader(encoded, reader.project(memory))`.
+    """What a reader adds to the residual stream and the mass on store slots, as `reader(...)` does.
 
     Args:
-        encoded: [B, T, D].
+        encoded: [B, T, D], all of the open conversation.
     """
     added, access = [], []
     for row in range(encoded.shape[0]):
@@ -172,32 +172,32 @@ def read(reader: EpisodicReader, encoded: Tensor, memory: EpisodicState) -> Read
         ages = memory.buffer_age[row].tolist() + memory.store_age[row].tolist()
         ages = [min(age, CONVERSATIONS - 1) for age in ages]
         slots = reader.norm(torch.cat([memory.buffer[row], memory.store[row]]))
-        keys, topic_keys, values = (
-            project(slots).unflatten(-1, (reader.num_key_value_heads, -1))
-            for project in (reader.k_proj, reader.topic_k_proj, reader.v_proj)
+        keys, values = (
+            project(slots).unflatten(-1, (reader.num_key_value_heads, -1)) for project in (reader.k_proj, reader.v_proj)
         )
+        held = torch.cat([memory.buffer[row], memory.store[row]])
         if reader.k_norm is not None:
             keys = reader.k_norm(keys)
         living = [slot for slot in range(buffered + stored) if live[slot]]
-        for token in encoded[row]:
+        told = {
+            age: topics(reader, held[[slot for slot in living if ages[slot] == age]], reader.told_weight)
+            for age in {ages[slot] for slot in living}
+        }
+        for position, token in enumerate(encoded[row]):
             x = reader.norm(token)
+            asked = topics(reader, encoded[row, : position + 1], reader.asked_weight)
             queries = reader.q_proj(x).unflatten(-1, (reader.num_heads, -1))
             if reader.q_norm is not None:
                 queries = reader.q_norm(queries)
-            topic_queries = reader.topic_q_proj(x).unflatten(-1, (reader.num_key_value_heads, -1))
             heads, mass = [], []
             for head in range(reader.num_heads):
                 group = head * reader.num_key_value_heads // reader.num_heads
-                topic = {slot: reader.scale * topic_queries[group] @ topic_keys[slot, group] for slot in living}
-                largest = max((float(t.detach()) for t in topic.values()), default=0.0)
                 scores = []
                 for slot in living:
-                    together = [topic[other] for other in living if ages[other] == ages[slot]]
-                    evidence = (torch.stack(together) - largest).exp().sum().clamp_min(1e-9).log()
-                    conversation = reader.topic_scale[head] * evidence - reader.age_scale[head] * math.log(
-                        1 + ages[slot]
-                    )
-                    score = reader.scale * queries[head] @ keys[slot, group] + conversation
+                    similar = told[ages[slot]][group] @ asked[group]
+                    age = math.log(1 + ages[slot])
+                    score = reader.scale * queries[head] @ keys[slot, group]
+                    score = score + reader.topic_scale[head] * similar - reader.age_scale[head] * age
                     if slot < buffered:
                         score = score + reader.strength_scale[head] * memory.strength[row, slot].log()
                     scores.append(score)
@@ -214,6 +214,13 @@ def read(reader: EpisodicReader, encoded: Tensor, memory: EpisodicState) -> Read
             access.append(torch.stack(mass).mean(0))
     shape = encoded.shape[:2]
     return Reading(torch.stack(added).unflatten(0, shape), torch.stack(access).unflatten(0, shape), None)
+
+
+def topics(reader: EpisodicReader, tokens: Tensor, weight: torch.nn.Module) -> Tensor:
+    """The topics [G, t] of tokens [N, D]: the direction of the weighted mean of their projections."""
+    share = weight(tokens).softmax(0)
+    projected = reader.topic_proj(tokens).unflatten(-1, (reader.num_key_value_heads, -1))
+    return torch.nn.functional.normalize((share[..., None] * projected).sum(0), dim=-1)
 
 
 def cosine(a: Tensor, b: Tensor) -> float:

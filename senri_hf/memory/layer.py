@@ -49,6 +49,9 @@ class MemoryLayer(DummyLayer):
         self.losses: list[Tensor] = []
         self.conversation_scores: Tensor | None = None
 
+    def bind(self, layers: list[Any]) -> None:
+        """Told of all the layers of the cache it is in, whenever they are others."""
+
     # What a mechanism provides.
 
     @abstractmethod

@@ -7,10 +7,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from ..adapters.decoder import find_decoder
 from ..adapters.episodic import EpisodicBlock
 from ..adapters.layer import MemoryAdapterLayer
 from ..memory import EpisodicLayer, MemoryCache
+from ..memory.decoder import find_decoder
 from ..memory.episodic_layer import Tokens
 
 
@@ -98,5 +98,6 @@ class ToldStates:
                 states = [self.states[row][index].float() if row else empty for row in rows]
                 encoded = block.encode(pad_sequence(states, batch_first=True))
                 access = encoded.new_zeros(*real.shape, layer.config.store_slots)
-                tokens = Tokens(encoded, torch.zeros_like(encoded[..., 0]), access, real)
+                asked = encoded.new_zeros(*real.shape, 0)  # the conversation ends here and asked for nothing
+                tokens = Tokens(encoded, torch.zeros_like(encoded[..., 0]), access, asked, real)
                 block.write_predicted(layer, tokens, all_real=False)

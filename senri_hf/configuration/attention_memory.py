@@ -1,0 +1,76 @@
+"""Settings of memory without training: keys and values that the model's own attention reads."""
+
+import difflib
+from dataclasses import dataclass, field, fields
+from typing import Any, Self
+
+
+POLICIES = ("surprise", "recent", "random", "all")
+
+
+@dataclass
+class AttentionMemoryConfig:
+    """What is kept of a conversation's keys and values, and for how long.
+
+    The importance of a token is its surprise, -log p under the model in nats, less with every conversation that passes.
+
+    Args:
+        slots: Tokens that memory holds at most.
+        policy: What is kept when there are more. `"surprise"`: the most important; `"recent"`: the last; `"random"`:
+            any, for comparison; `"all"`: everything, and an error when it does not fit.
+        keep_share: Share in (0, 1] of a conversation's tokens that may stay, the most important ones, for
+            `policy="surprise"` and `"random"`. Even where there is room, less is remembered better.
+        span: Tokens after a surprising one that are as important as it is: a name is often several tokens, of which
+            only the first surprises.
+        sinks: The first tokens of a memory's life, which stay for good: attention needs somewhere to rest.
+        decay_rate: Factor in (0, 1] on every importance, once per conversation boundary.
+        min_importance: A token less important than this, in nats, is forgotten.
+        merge_similarity: Cosine similarity of values from which on a token is the same as a stored one with the same
+            id; the stored one then becomes as important as the new one, which is not stored again. Above 1 nothing is.
+    """
+
+    slots: int = field(default=512, metadata={"help": "Tokens that memory holds at most."})
+    policy: str = field(default="surprise", metadata={"help": f"What is kept, one of {POLICIES}."})
+    keep_share: float = field(default=0.5, metadata={"help": "Share of a conversation's tokens that may stay."})
+    span: int = field(default=1, metadata={"help": "Tokens after a surprising one that go with it."})
+    sinks: int = field(default=4, metadata={"help": "First tokens of all, which stay for good."})
+    decay_rate: float = field(default=0.99, metadata={"help": "Importance retained per conversation boundary."})
+    min_importance: float = field(default=0.05, metadata={"help": "Less important tokens are forgotten."})
+    merge_similarity: float = field(default=0.95, metadata={"help": "Cosine from which a token is a stored one."})
+
+    def __post_init__(self) -> None:
+        for name, least in (("slots", 1), ("span", 0), ("sinks", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name}={value!r} was given, but {name} must be a whole number of at least {least}")
+        if self.policy not in POLICIES:
+            raise ValueError(f"policy={self.policy!r} was given, but policy must be one of {POLICIES}")
+        infinity = float("inf")
+        for name, lowest, highest in (
+            ("keep_share", 0.0, 1.0),
+            ("decay_rate", 0.0, 1.0),
+            ("min_importance", 0.0, infinity),
+            ("merge_similarity", -1.0, infinity),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not lowest <= value <= highest:
+                raise ValueError(f"{name}={value!r} was given, but {name} must be a number from {lowest} to {highest}")
+        for name in ("keep_share", "decay_rate"):
+            if getattr(self, name) == 0:
+                raise ValueError(f"{name}=0 was given, but {name} must be more than 0")
+        if self.sinks >= self.slots:
+            raise ValueError(
+                f"sinks={self.sinks} was given with slots={self.slots}, but the first tokens stay for good and would "
+                "leave no room; raise slots or lower sinks"
+            )
+
+    @classmethod
+    def of(cls, settings: dict[str, Any]) -> Self:
+        """The settings by name; a name that there is not is a ValueError naming the nearest that there is."""
+        known = [f.name for f in fields(cls)]
+        for name in settings:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(known)}"
+                raise ValueError(f"{name}={settings[name]!r} was given, but memory has no setting {name!r}{hint}")
+        return cls(**settings)

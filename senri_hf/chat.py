@@ -64,13 +64,13 @@ class MemoryChat:
     reply then ends where the model begins a line of the user.
 
     Args:
-        model: A model with a memory adapter (or memory of its own).
+        model: Any model; one without a memory of its own remembers without training.
         tokenizer: Its tokenizer.
         memory: The memory to go on with; a new one when None. Change it yourself (`decay`, `load_state_dict`, …) only
             between conversations.
 
     Raises:
-        ValueError: when the model holds no memory, or the memory has several rows or an open conversation.
+        ValueError: when the model can have no memory, or the memory has several rows or an open conversation.
     """
 
     def __init__(
@@ -79,6 +79,7 @@ class MemoryChat:
         self.model = model
         self.tokenizer = tokenizer
         self.memory = MemoryCache.for_model(model) if memory is None else memory
+        self.memory.tokenizer = tokenizer
         if self.memory.rows not in (None, 1):
             raise ValueError(
                 f"The memory holds {self.memory.rows} rows, but a chat is of one person. Pick a row with "

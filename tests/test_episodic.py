@@ -433,6 +433,16 @@ def check_predictor_rank() -> None:
     assert owners(model_with(predictor_rank=5))[0].senri_block["default"].predictor[0].out_features == 5
 
 
+def check_topic_size() -> None:
+    """Topics have that width, and are what conversations are told apart by."""
+    state = put_tokens(
+        blank(settings_of(), size=8), vectors(1, 4, torch.Generator().manual_seed(1), 8)[0], [1.0] * 4, settings_of()
+    )
+    for size in (3, 5):
+        reader = reader_of(settings_of(topic_size=size), "grouped")
+        assert reader.project(state).topics.shape[-1] == size
+
+
 def check_contrastive_weight() -> None:
     test_a_token_like_a_stored_one_and_yet_different_is_surprising()
 
@@ -558,6 +568,7 @@ CHECKS = {
     "write_generated": check_write_generated,
     "init": check_init,
     "rank": check_rank,
+    "topic_size": check_topic_size,
     "num_heads": check_num_heads,
 }
 
@@ -578,7 +589,7 @@ def test_every_check_is_of_a_setting() -> None:
 WRONG: list[tuple[dict[str, Any], str]] = [
     *(
         ({name: value}, name)
-        for name in ("buffer_slots", "predictor_rank", "segment_length")
+        for name in ("buffer_slots", "predictor_rank", "segment_length", "topic_size")
         for value in (0, 1.5, True, "8")
     ),
     *(({"store_slots": value}, "store_slots") for value in (-1, 0.5, None)),

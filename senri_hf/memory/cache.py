@@ -20,6 +20,7 @@ from .layer import ROLLBACK_TOKENS, MemoryLayer
 from .observation import observe
 from .owner import owners
 from .served import layouts_of
+from .words import Remembered, remembered, slots_that_say
 
 
 # What stands for an adapter's name in the memory of a model that has it built in.
@@ -159,17 +160,57 @@ class MemoryCache(DynamicCache):
             for place, layer in self._memory.items():
                 layer.is_read_only = before[place]
 
-    def forget(self, last: int) -> None:
-        """Take the last tokens of the open conversation back, out of context and memory alike.
+    def forget(self, last: int | None = None, *, matching: str | None = None) -> int:
+        """Take tokens back, out of context and memory alike.
+
+        Args:
+            last: How many of the open conversation's last tokens.
+            matching: Instead, words whose tokens memory without training is to drop. What other tokens took in of them
+                while they were read stays: to be sure, reset the memory.
+
+        Returns:
+            How many tokens were dropped, per row all together.
 
         Raises:
             ValueError: when the memory no longer holds what it needs to go back that far.
         """
+        if (last is None) == (matching is None):
+            raise ValueError("forget() takes one of last, a number of tokens, and matching, words")
+        if matching is not None:
+            return self._forget_words(matching)
         if not isinstance(last, int) or last < 0:
             raise ValueError(
                 f"forget(last={last!r}) was called, but last must be a whole number of tokens of at least 0"
             )
         self.crop(-last)
+        return last
+
+    def _forget_words(self, text: str) -> int:
+        layer = self.attention_memory
+        if layer is None or self.tokenizer is None:
+            lacks = "memory without training" if layer is None else "a tokenizer: set memory.tokenizer"
+            raise ValueError(f"forget(matching={text!r}) was called, but this memory has no {lacks}")
+        if not text.strip():
+            raise ValueError(f"forget(matching={text!r}) was called, but matching must be words")
+        if self.get_seq_length() > 0:
+            raise ValueError("forget(matching=…) was called in an open conversation; end it with clear_context() first")
+        if layer.slots is None:
+            return 0
+        chosen = slots_that_say(layer.slots, self.tokenizer, text)
+        layer.forget_slots(chosen)
+        return int(chosen.sum())
+
+    def remembered(self, row: int = 0) -> list[Remembered]:
+        """What memory without training holds, in words, oldest first.
+
+        Raises:
+            ValueError: when there is no such memory, or no tokenizer.
+        """
+        layer = self.attention_memory
+        if layer is None or self.tokenizer is None:
+            lacks = "memory without training" if layer is None else "tokenizer; set memory.tokenizer"
+            raise ValueError(f"What is remembered cannot be told in words: this memory has no {lacks}")
+        return [] if layer.slots is None else remembered(layer.slots, self.tokenizer, row)
 
     def crop(self, tokens_to_remove: int) -> None:
         recent = None if self.recent_ids is None else self.recent_ids.shape[1]
@@ -331,6 +372,10 @@ class MemoryCache(DynamicCache):
         for layer in layers:
             numbers = ", ".join(f"{name} {value:.3g}" for name, value in layer.summary().items())
             lines.append(f"  layer {layer.layer_idx} ({layer.adapter_name}): {numbers or 'empty'}")
+        if self.attention_memory is not None and self.tokenizer is not None and self.rows:
+            for row in range(self.rows):
+                words = (f"{part.text!r} {part.surprise:.1f}" for part in self.remembered(row))
+                lines.append(f"  row {row} remembers, with its surprise in nats: {', '.join(words) or 'nothing'}")
         return "\n".join(lines)
 
     # Memory as data.

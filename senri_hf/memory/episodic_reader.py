@@ -111,7 +111,8 @@ class EpisodicReader(nn.Module):
         topics = self.num_key_value_heads
         self.topic_proj = nn.Linear(hidden_size, topics * config.topic_size, bias=False)
         # What tokens count for in the topic of a past conversation, and in that of the open one.
-        self.told_weight, self.asked_weight = nn.Linear(hidden_size, topics), nn.Linear(hidden_size, topics)
+        self.told_weight = nn.Linear(hidden_size, topics, bias=False)
+        self.asked_weight = nn.Linear(hidden_size, topics, bias=False)
         self.q_norm, self.k_norm = copy.deepcopy(attention.q_norm), copy.deepcopy(attention.k_norm)
         start = 0.0 if config.init == "base_attention" else 1.0
         self.gate = nn.Parameter(torch.full((self.num_heads,), start))

@@ -167,6 +167,10 @@ class Subject:
         )
         return get_peft_model(base, config).eval()
 
+    def plain(self, **settings: Any) -> PreTrainedModel:
+        """The model without an adapter."""
+        return tiny_model(self.arch, **settings)
+
     def build(self, seed: int = 0, model: dict[str, Any] | None = None, **settings: Any) -> PeftModel:
         """The model with an adapter as some training could leave it: what it reads changes the logits."""
         return perturb(self.fresh(seed, model, **settings), seed)
@@ -183,7 +187,7 @@ def perturb(model: PeftModel, seed: int = 0) -> PeftModel:
     with torch.no_grad():
         for owner in owners(model):
             for parameter in owner.parameters():  # type: ignore[attr-defined]
-                scale = 0.5 if parameter.dim() < 2 or not parameter.any() else 0.1
+                scale = 0.15 if parameter.dim() < 2 else 0.1 if parameter.any() else 0.5
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
     return model
 

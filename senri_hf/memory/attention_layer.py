@@ -62,6 +62,7 @@ class AttentionMemoryLayer(MemoryLayer):
         self.attention: list[KeyValueLayer] = []
         self.slots: Slots | None = None
         self.said: tuple[Columns, ...] = ()
+        self.coming: Columns | None = None  # the columns of the pass that is under way
 
     def bind(self, layers: list[Any]) -> None:
         self.attention = [layer for layer in layers if isinstance(layer, KeyValueLayer)]
@@ -73,7 +74,7 @@ class AttentionMemoryLayer(MemoryLayer):
         self.check_rows(columns.token.shape[0])
         if self.slots is None:
             self.slots = Slots.empty(columns.token.shape[0], 0, columns.token.device)
-        self.said = (*self.said, columns)
+        self.said, self.coming = (*self.said, columns), None
 
     def rollback(self, tokens: int) -> None:
         held = sum(chunk.token.shape[1] for chunk in self.said)

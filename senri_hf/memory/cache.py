@@ -538,7 +538,9 @@ def attention_memory(
         return memory
 
     observe(base)
-    return AttentionMemoryLayer(config, base, *layouts_of(base, remembers))
+    # An adapter would look for its own memory in the caches of the trial.
+    with whole.disable_adapter() if base is not whole else contextlib.nullcontext():
+        return AttentionMemoryLayer(config, base, *layouts_of(base, remembers))
 
 
 def copy_layer(layer: Any) -> Any:

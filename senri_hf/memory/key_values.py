@@ -86,7 +86,11 @@ class KeyValueLayer(DynamicLayer):
         return keys[..., -visible:, :], values[..., -visible:, :]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        seen = self.columns if self.sliding_window is None else min(self.columns, self.sliding_window - 1)
+        seen = self.columns
+        # With memory all columns are handed out: where padding stands before the context, the window, which slides
+        # over positions, may reach further back than as many columns.
+        if self.sliding_window is not None and not self.memory_length:
+            seen = min(seen, self.sliding_window - 1)
         return seen + query_length, self.columns - seen
 
     def get_seq_length(self) -> int:

@@ -4,6 +4,7 @@ They are functions of this module, so that a model with them can be copied and p
 of the pass: a pass with another cache, or none, is left as it is.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -41,54 +42,87 @@ def memory_of(given: dict[str, Any]) -> tuple[Any, AttentionMemoryLayer | None]:
     return cache, next((layer for layer in layers if isinstance(layer, AttentionMemoryLayer)), None)
 
 
-def show_memory(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def show_memory(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Before a pass: refuse what memory could not take in, and put memory's columns into the attention mask."""
     given = named_arguments(decoder, args, kwargs)
     cache, layer = memory_of(given)
     if layer is None:
         return None
-    tokens = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
+    ids = given.get("input_ids")
+    tokens = given["inputs_embeds"] if ids is None else ids
     layer.check_rows(tokens.shape[0])
     mask = given.get("attention_mask")
-    real_tokens(tokens, mask, given.get("position_ids"), given)
     if isinstance(mask, dict):
         raise ValueError(
             "attention_mask is a dict of masks that were made without memory; pass a mask [batch, tokens], or none"
         )
-    wide = layer.widen(mask, cache.get_seq_length() + tokens.shape[1])
-    if wide is mask:
-        return None
-    return (), given | {"attention_mask": wide}
-
-
-def note_tokens(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    """After a pass: have its tokens remembered until the conversation ends."""
-    given = named_arguments(decoder, args, kwargs)
-    cache, layer = memory_of(given)
-    if layer is None:
-        return
-    hidden: Tensor = output[0] if isinstance(output, tuple) else output.last_hidden_state
-    ids = given.get("input_ids")
     if ids is None and layer.config.policy == "surprise":
         raise ValueError(
             "What surprises is known of token ids only, but inputs_embeds were given; pass input_ids, or make the "
             "memory with policy='recent'"
         )
-    tokens = hidden if ids is None else ids
+    layer.coming = what_comes(decoder, layer, given, tokens, cache.get_seq_length())
+    wide: Any = layer.widen(mask, cache.get_seq_length() + tokens.shape[1])
+    if wide is mask:
+        return None
+    slides = any(attention.is_sliding for attention in layer.attention)
+    if slides and wide.dim() == 2 and not bool(wide.all()):
+        wide = sliding_masks(layer, layer.coming.position, wide, decoder)
+    return (), given | {"attention_mask": wide}
+
+
+def what_comes(decoder: Any, layer: AttentionMemoryLayer, given: dict[str, Any], tokens: Tensor, start: int) -> Columns:
+    """The columns of a pass whose first token is the context's `start`-th, without what it will make of them."""
+    ids = given.get("input_ids")
     real, _ = real_tokens(tokens, given.get("attention_mask"), given.get("position_ids"), given)
     if ids is not None and decoder.attention_memory_pad is not None:
         last = layer.said[-1].token[:, -1:] if layer.said else None
         real = real & ~padding_after_end(ids, last, decoder.attention_memory_pad, decoder.attention_memory_ends)
     position = given.get("position_ids")
     if position is None:
-        start = cache.get_seq_length() - hidden.shape[1]
-        position = torch.arange(start, start + hidden.shape[1], device=hidden.device)[None]
-    layer.note(
-        Columns(
-            token=torch.full(real.shape, -1, device=real.device) if ids is None else ids,
-            position=position.expand(real.shape[0], -1).to(torch.long),
-            real=real,
-            written=torch.zeros_like(real) if layer.is_read_only else real,
-            hidden=hidden.detach(),
-        )
+        position = torch.arange(start, start + tokens.shape[1], device=tokens.device)[None]
+    return Columns(
+        token=torch.full(real.shape, -1, device=real.device) if ids is None else ids,
+        position=position.expand(tokens.shape[0], -1).to(torch.long),
+        real=real,
+        written=torch.zeros_like(real) if layer.is_read_only else real,
+        hidden=tokens.new_zeros(*real.shape, 0),
     )
+
+
+def sliding_masks(layer: AttentionMemoryLayer, position: Tensor, seen: Tensor, decoder: Any) -> Any:
+    """Masks in which a sliding window slides over positions: padding between memory and context takes none of it.
+
+    Args:
+        position: [B, T] of the pass's tokens. seen: [B, M + ctx + T] the columns that are no padding.
+
+    Returns:
+        A mask [B, 1, T, columns], added to scores; one for every type of layer where the model has several.
+    """
+    assert layer.slots is not None
+    memory = torch.arange(-layer.slots.size, 0, device=position.device).expand(position.shape[0], -1)
+    columns = torch.cat([memory, *(said.position for said in layer.said), position], dim=1)
+    count, length = columns.shape[1], position.shape[1]
+    place = torch.arange(count, device=position.device)
+    allowed = seen[:, None].bool() & (place <= place[count - length :, None])
+    dtype = decoder.dtype
+
+    def added(mask: Tensor) -> Tensor:
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)[
+            :, None
+        ]
+
+    # One window for all sliding layers, as in transformers' own masks.
+    window = next(attention.sliding_window for attention in layer.attention if attention.sliding_window is not None)
+    near = allowed & (position[:, :, None] - columns[:, None] < window)
+    masks = {"full_attention": added(allowed), "sliding_attention": added(near)}
+    several = getattr(decoder.config, "layer_types", None)
+    return {kind: masks[kind] for kind in dict.fromkeys(several)} if several else masks["sliding_attention"]
+
+
+def note_tokens(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    """After a pass: have its tokens remembered until the conversation ends."""
+    _, layer = memory_of(named_arguments(decoder, args, kwargs))
+    if layer is not None and layer.coming is not None:
+        hidden: Tensor = output[0] if isinstance(output, tuple) else output.last_hidden_state
+        layer.note(replace(layer.coming, hidden=hidden.detach()))

@@ -1,0 +1,601 @@
+"""Memory without training: the six laws, what is kept, and what it promises."""
+
+import copy
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from chatting import byte_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import (
+    ARCHITECTURES,
+    PAD,
+    VOCABULARY,
+    assert_close,
+    assert_identical_memory,
+    assert_same_memory,
+    feed,
+    greedy,
+    talk,
+    tiny_model,
+    tokens,
+)
+from torch import Tensor
+from transformers import BloomConfig, BloomForCausalLM, DynamicCache, GPT2Config, GPT2LMHeadModel, PreTrainedModel
+
+from senri_hf import MemoryCache
+from senri_hf.configuration.attention_memory import AttentionMemoryConfig
+from senri_hf.memory.attention_memory import Said, Slots, consolidate
+from senri_hf.memory.served import NotServedError
+from senri_hf.memory.surprise import token_surprise
+
+
+SMALL = {"slots": 24, "sinks": 2}
+CONVERSATIONS = [tokens(1, length, seed=length) for length in (23, 9, 14)]
+every_architecture = pytest.mark.parametrize("arch", sorted(ARCHITECTURES))
+MODELS = {arch: tiny_model(arch) for arch in ARCHITECTURES}
+
+
+def blank(model: PreTrainedModel, **settings: Any) -> MemoryCache:
+    return MemoryCache.for_model(model, **{**SMALL, **settings})
+
+
+@torch.no_grad()
+def remembering(model: PreTrainedModel, rows: int = 1, seed: int = 0, **settings: Any) -> MemoryCache:
+    """A memory of two conversations."""
+    memory = blank(model, **settings)
+    talk(model, memory, [tokens(rows, length, seed + length) for length in (23, 17)])
+    return memory
+
+
+def padded(rows: list[Tensor], side: str) -> dict[str, Tensor]:
+    """Rows [1, T] of different lengths as a batch with its mask and positions."""
+    longest = max(row.shape[1] for row in rows)
+    ids, mask = (torch.full((len(rows), longest), fill) for fill in (PAD, 0))
+    for index, row in enumerate(rows):
+        columns = slice(longest - row.shape[1], None) if side == "left" else slice(row.shape[1])
+        ids[index, columns], mask[index, columns] = row[0], 1
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
+
+
+# What it promises.
+
+
+@every_architecture
+@pytest.mark.parametrize("lengths", [[7, 5], [3, 20]], ids=str)
+@torch.no_grad()
+def test_with_everything_kept_the_logits_are_those_of_one_context(arch: str, lengths: list[int]) -> None:
+    """One conversation remembered and the next one, as if it went on; sliding windows included."""
+    model, ids = MODELS[arch], tokens(2, sum(lengths), seed=4)
+    memory = blank(model, policy="all", slots=sum(lengths))
+    feed(model, memory, ids[:, : lengths[0]])
+    memory.clear_context()
+    assert memory.get_seq_length() == 0
+    ours = feed(model, memory, ids[:, lengths[0] :])
+    whole = model(input_ids=ids, past_key_values=DynamicCache(config=model.config)).logits[:, lengths[0] :]
+    assert_close(ours, whole, "logits")
+
+
+@every_architecture
+@torch.no_grad()
+def test_memory_is_read(arch: str) -> None:
+    """A plain model gets it without a word, and it changes what is said."""
+    model, ids = MODELS[arch], tokens(1, 12, seed=9)
+    assert MemoryCache.for_model(model).attention_memory is not None
+    read = feed(model, remembering(model), ids)
+    assert not torch.allclose(read, feed(model, remembering(model, seed=5), ids), atol=0.05)
+    assert not torch.allclose(read, model(input_ids=ids).logits, atol=0.05)
+
+
+def test_a_model_with_an_adapter_reads_both() -> None:
+    """What either remembers changes the logits."""
+    from models import DEFAULTS
+
+    model, ids = DEFAULTS[0].model(), tokens(1, 6, seed=9)
+    memory = blank(model)
+    assert {type(layer).__name__ for layer in memory.memory_layers} == {"EpisodicLayer", "AttentionMemoryLayer"}
+    with torch.no_grad():
+        talk(model, memory, CONVERSATIONS)
+        both = feed(model, memory.snapshot(), ids)
+        with model.disable_adapter():
+            assert not torch.allclose(feed(model, memory.snapshot(), ids), both, atol=1e-3)
+        assert memory.attention_memory is not None
+        memory.attention_memory.reset()
+        assert not torch.allclose(feed(model, memory, ids), both, atol=1e-3)
+
+
+GPT2 = GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, eos_token_id=2, bos_token_id=1)
+BLOOM = BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4)
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (lambda: GPT2LMHeadModel(GPT2), "position in a way other than a rotary embedding"),
+        (
+            lambda: tiny_model("llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
+            "changes with the length",
+        ),
+    ],
+    ids=["absolute positions", "dynamic rotary embedding"],
+)
+def test_a_model_that_cannot_be_served_is_refused_with_the_reason(model: Any, reason: str) -> None:
+    """And stays as it was."""
+    refused = model()
+    refused.train()
+    with pytest.raises(NotServedError, match=reason):
+        MemoryCache.for_model(refused)
+    assert refused.training
+
+
+@torch.no_grad()
+def test_positions_that_are_distances_need_no_moving() -> None:
+    """ALiBi: keys carry no position."""
+    model = BloomForCausalLM(BLOOM).eval()
+    try:
+        memory = blank(model)
+    except NotServedError as error:
+        assert "logits are not those" in str(error)
+    else:
+        assert memory.attention_memory is not None
+        assert all(layout is not None and layout.rotated == 0 for layout in memory.attention_memory.layouts)
+
+
+# 1. Splitting changes nothing.
+
+
+@every_architecture
+@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=4))
+@settings(max_examples=5)
+@torch.no_grad()
+def test_pieces_give_the_logits_and_the_memory_of_the_whole(arch: str, lengths: list[int]) -> None:
+    model = MODELS[arch]
+    whole, split = blank(model), blank(model)
+    expected, logits = talk(model, whole, CONVERSATIONS), talk(model, split, CONVERSATIONS, lengths)
+    for ours, theirs in zip(logits, expected, strict=True):
+        assert_close(ours, theirs, "logits")
+    assert_same_memory(split, whole)
+    assert split.tokens_seen.tolist() == [sum(ids.shape[1] for ids in CONVERSATIONS)]
+
+
+@every_architecture
+@torch.no_grad()
+def test_greedy_generation_is_that_of_whole_texts(arch: str) -> None:
+    model, ids = MODELS[arch], tokens(1, 7, seed=11)
+    before = remembering(model)
+    memory, text = before.snapshot(), ids
+    for _ in range(10):
+        anew = before.snapshot()
+        text = torch.cat([text, feed(model, anew, text)[:, -1].argmax(-1, keepdim=True)], dim=1)
+    assert torch.equal(greedy(model, ids, memory, new=10), text[:, 7:])
+    assert_same_memory(memory, anew)
+
+
+@every_architecture
+@pytest.mark.parametrize(
+    "how", [{"prompt_lookup_num_tokens": 3}, {"assistant": True}], ids=["prompt lookup", "assisted"]
+)
+@torch.no_grad()
+def test_speculative_decoding_says_and_remembers_the_same(arch: str, how: dict[str, Any]) -> None:
+    """Rejected tokens are taken back."""
+    model, ids = MODELS[arch], tokens(1, 5, seed=12).repeat(1, 3)
+    before = remembering(model)
+    plain, other = before.snapshot(), before.snapshot()
+    expected = greedy(model, ids, plain)
+    settings = {"assistant_model": tiny_model(arch, seed=1)} if "assistant" in how else how
+    assert torch.equal(greedy(model, ids, other, **settings), expected)
+    plain.clear_context()
+    other.clear_context()
+    assert_same_memory(other, plain)
+
+
+@torch.no_grad()
+def test_tokens_taken_back_were_never_said() -> None:
+    model, ids = MODELS["llama"], tokens(1, 20, seed=13)
+    memory, expected = remembering(model), remembering(model)
+    feed(model, expected, ids[:, :11])
+    feed(model, memory, ids, [3, 9])
+    assert memory.forget(last=9) == 9
+    assert_same_memory(memory, expected)
+    assert_close(feed(model, memory, ids[:, 11:]), feed(model, expected, ids[:, 11:]))
+    with pytest.raises(ValueError, match="taken back"):
+        memory.forget(last=21)
+
+
+# 2. Rows are strangers.
+
+ROWS = [[tokens(1, length, seed=10 * row + turn) for turn, length in enumerate(lengths)]
+        for row, lengths in enumerate([(21, 4, 30), (6, 16, 2), (1, 9, 12)])]  # fmt: skip
+
+
+@every_architecture
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_a_row_in_a_padded_batch_is_as_alone(arch: str, side: str) -> None:
+    """Though rows remember different numbers of tokens."""
+    model = MODELS[arch]
+    together = blank(model)
+    batches = [padded([row[turn] for row in ROWS], side) for turn in range(3)]
+    logits = []
+    for batch in batches:
+        logits.append(model(**batch, past_key_values=together).logits)
+        together.clear_context()
+    for index, row in enumerate(ROWS):
+        alone = blank(model)
+        for turn, expected in enumerate(talk(model, alone, row)):
+            real = batches[turn]["attention_mask"][index].bool()
+            assert_close(logits[turn][index][real], expected[0], f"row {index}, conversation {turn}")
+        ours, theirs = together.attention_memory, alone.attention_memory
+        assert ours is not None and theirs is not None and ours.slots is not None and theirs.slots is not None
+        live = ours.slots.live[index]
+        for name in ("token", "number", "conversation", "surprise", "importance"):
+            assert_close(getattr(ours.slots, name)[index][live].float(), getattr(theirs.slots, name)[0].float(), name)
+
+
+@every_architecture
+@torch.no_grad()
+def test_left_padded_generation_of_a_row_is_as_alone(arch: str) -> None:
+    model, rows = MODELS[arch], [row[1] for row in ROWS]
+    batch = padded(rows, "left")
+    before = remembering(model, rows=3)
+    texts = greedy(model, batch["input_ids"], before.snapshot(), attention_mask=batch["attention_mask"])
+    for index, row in enumerate(rows):
+        assert torch.equal(greedy(model, row, before.select_rows([index]))[0], texts[index])
+
+
+@torch.no_grad()
+def test_moved_rows_carry_their_own_memory() -> None:
+    """Reordered, selected and repeated rows, in an open conversation, go on as they would have."""
+    model, ids = MODELS["llama"], tokens(3, 6, seed=31)
+    memory = remembering(model, rows=3)
+    feed(model, memory, tokens(3, 7, seed=30))
+    after = memory.snapshot()
+    expected = feed(model, after, ids)
+    for rows, move in (
+        ([2, 0, 0], lambda m: m.reorder_cache(torch.tensor([2, 0, 0]))),
+        ([1, 2], lambda m: m.batch_select_indices(torch.tensor([1, 2]))),
+        ([0, 0, 1, 1, 2, 2], lambda m: m.batch_repeat_interleave(2)),
+    ):
+        moved = memory.snapshot()
+        move(moved)
+        assert_close(feed(model, moved, ids[rows]), expected[rows])
+        assert_same_memory(moved, after.select_rows(rows))
+
+
+@torch.no_grad()
+def test_beams_have_memories_of_their_own() -> None:
+    model, ids = MODELS["llama"], tokens(1, 7, seed=12)
+    before = remembering(model)
+    memory = before.fork(4)
+    out = greedy(model, ids, memory, new=9, num_beams=4, num_return_sequences=4)
+    assert out.unique(dim=0).shape[0] == 4
+    layer = memory.attention_memory
+    assert layer is not None
+    read = torch.cat([columns.token for columns in layer.said], dim=1)
+    for index in range(4):
+        alone = before.snapshot()
+        feed(model, alone, read[index : index + 1])
+        assert_same_memory(memory.select_rows([index]), alone)
+
+
+@torch.no_grad()
+def test_another_number_of_rows_and_packed_documents_are_refused() -> None:
+    model = MODELS["llama"]
+    memory = remembering(model, rows=2)
+    before = memory.state_dict()
+    with pytest.raises(ValueError, match=r"2 row\(s\).*fork"):
+        feed(model, memory, tokens(3, 4))
+    with pytest.raises(ValueError, match="packed"):
+        feed(model, blank(model), tokens(1, 7), position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2]]))
+    assert_identical_memory(memory.state_dict(), before)
+
+
+# 3. A token never reads the future.
+
+
+@every_architecture
+@torch.no_grad()
+def test_a_token_changes_nothing_before_it(arch: str) -> None:
+    model, ids = MODELS[arch], tokens(1, 15, seed=13)
+    memory = remembering(model)
+    for place in (0, 6, 14):
+        other = ids.clone()
+        other[0, place] = 3 + (ids[0, place] + 1) % 90
+        a, b = feed(model, memory.snapshot(), ids), feed(model, memory.snapshot(), other)
+        assert torch.equal(a[:, :place], b[:, :place]) and not torch.equal(a[:, place], b[:, place])
+
+
+# 4. Memory is data.
+
+
+@every_architecture
+@torch.no_grad()
+def test_a_saved_memory_continues_as_the_memory_itself(arch: str, tmp_path: Path) -> None:
+    """In another copy of the model, with the settings that it was made with."""
+    model, ids = MODELS[arch], tokens(2, 7, seed=15)
+    memory = remembering(model, rows=2)
+    feed(model, memory, tokens(2, 8, seed=16))
+    memory.save_pretrained(tmp_path)
+    memory.clear_context()
+    elsewhere = copy.deepcopy(model)
+    loaded = MemoryCache.from_pretrained(tmp_path, model=elsewhere)
+    assert_identical_memory(loaded.state_dict(), memory.state_dict())
+    assert loaded.attention_memory is not None and loaded.attention_memory.config == AttentionMemoryConfig(**SMALL)
+    assert torch.equal(greedy(elsewhere, ids, loaded), greedy(model, ids, memory))
+
+
+@torch.no_grad()
+def test_a_memory_moves_between_dtypes(tmp_path: Path) -> None:
+    model, ids = MODELS["llama"], tokens(1, 9, seed=17)
+    remembering(model).save_pretrained(tmp_path)
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    ours = feed(half, MemoryCache.from_pretrained(tmp_path, model=half), ids).float()
+    theirs = feed(model, MemoryCache.from_pretrained(tmp_path, model=model), ids)
+    assert torch.nn.functional.cosine_similarity(ours.flatten(), theirs.flatten(), dim=0) > 0.95
+
+
+DAMAGES: dict[str, Any] = {
+    "a tensor is missing": lambda held: dict(list(held.items())[1:]),
+    "a tensor is unknown": lambda held: {**held, "attention.0.more": torch.zeros(1)},
+    "other shapes": lambda held: {n: t[..., :-1] for n, t in held.items()},
+    "other heads": lambda held: {n: t.repeat_interleave(2, 1) if t.dim() == 4 else t for n, t in held.items()},
+    "no rows": lambda held: {n: t[0] for n, t in held.items()},
+    "other dtypes": lambda held: {n: t.double() if t.dim() < 4 else t for n, t in held.items()},
+    "not finite": lambda held: {n: t / 0 if t.is_floating_point() else t for n, t in held.items()},
+    "more slots": lambda held: {n: t.repeat_interleave(3, 2 if t.dim() == 4 else 1) if t.dim() > 1 else t
+                                for n, t in held.items()},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@torch.no_grad()
+def test_a_refused_load_leaves_the_memory_in_use_as_it_was(damage: str) -> None:
+    model = MODELS["llama"]
+    memory, other = remembering(model), remembering(model, seed=70).state_dict()
+    feed(model, memory, tokens(1, 8, seed=18))
+    before, seen = memory.state_dict(), memory.get_seq_length()
+    with pytest.raises(ValueError, match="memory"):
+        memory.load_state_dict(DAMAGES[damage](other))
+    assert_identical_memory(memory.state_dict(), before)
+    assert memory.get_seq_length() == seen
+
+
+def test_a_memory_of_another_model_is_refused(tmp_path: Path) -> None:
+    remembering(MODELS["llama"]).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="base model"):
+        MemoryCache.from_pretrained(tmp_path, model=tiny_model("llama", seed=3))
+
+
+# 5. Fixed size.
+
+
+@torch.no_grad()
+def test_memory_does_not_grow_with_what_was_said() -> None:
+    """Neither in bytes nor in what attention sees."""
+    model = MODELS["llama"]
+    memory, sizes = blank(model), []
+    for turn in range(12):
+        talk(model, memory, [tokens(1, 40, seed=turn)])
+        sizes.append(memory.nbytes)
+        assert memory.layers[0].columns <= SMALL["slots"] and memory.get_seq_length() == 0
+    assert len(set(sizes[2:])) == 1
+
+
+# 6. Off means off.
+
+
+@every_architecture
+@torch.no_grad()
+def test_with_an_empty_memory_the_model_is_the_base_model(arch: str) -> None:
+    """Bit for bit, and token for token; a model with other caches is not touched."""
+    model, ids = MODELS[arch], tokens(2, 9, seed=20)
+    expected = tiny_model(arch)(input_ids=ids, use_cache=True).logits
+    memory = remembering(model, rows=2)
+    memory.reset_memory()
+    for empty in (memory, blank(model)):
+        assert torch.equal(feed(model, empty, ids), expected)
+    assert torch.equal(model(input_ids=ids, past_key_values=DynamicCache(config=model.config)).logits, expected)
+    plain = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=10, do_sample=False, eos_token_id=None
+    )
+    assert torch.equal(greedy(model, ids, blank(model), new=10), plain[:, 9:])
+
+
+@torch.no_grad()
+def test_read_only_changes_nothing() -> None:
+    model = MODELS["llama"]
+    memory = remembering(model)
+    before, seen = memory.state_dict(), memory.tokens_seen.tolist()
+    with memory.read_only():
+        feed(model, memory, tokens(1, 13, seed=24), [6])
+    memory.clear_context()
+    assert_identical_memory(memory.state_dict(), before)
+    assert memory.tokens_seen.tolist() == seen
+
+
+# What is kept.
+
+
+def said(surprise: list[float], **columns: Any) -> Said:
+    count = len(surprise)
+    return Said(
+        **{
+            "token": torch.arange(10, 10 + count)[None],
+            "surprise": torch.tensor([surprise]),
+            "written": torch.ones(1, count, dtype=torch.bool),
+            "same": torch.full((1, count), -1),
+            **columns,
+        }
+    )
+
+
+def after(conversations: list[Said], **settings: Any) -> Slots:
+    config = AttentionMemoryConfig(
+        **{"slots": 8, "sinks": 0, "span": 0, "keep_share": 1.0, "decay_rate": 1.0, **settings}
+    )
+    slots = Slots.empty(1, 0, torch.device("cpu"))
+    for conversation in conversations:
+        slots, _ = consolidate(slots, conversation, config)
+    return slots
+
+
+def kept(*conversations: Said, **settings: Any) -> list[int]:
+    """Which tokens of conversations stay, by their number."""
+    return after(list(conversations), **settings).number[0].tolist()
+
+
+A, B = [1.0, 9.0, 2.0, 8.0, 3.0], [5.0, 0.5, 7.0]
+
+
+def check_slots() -> None:
+    assert kept(said(A), said(B), slots=4) == [1, 3, 5, 7]
+    assert kept(said(A), said(B), slots=7) == [0, 1, 2, 3, 4, 5, 7]
+
+
+def check_policy() -> None:
+    assert kept(said(A), said(B), slots=3, policy="recent") == [5, 6, 7]
+    assert kept(said(A), said(B), slots=8, policy="all") == list(range(8))
+    with pytest.raises(ValueError, match=r"8 tokens do not fit into slots=7"):
+        kept(said(A), said(B), slots=7, policy="all")
+    chance = [
+        kept(said([1.0] * 64, token=torch.arange(64)[None] + 64 * n), slots=16, policy="random") for n in range(3)
+    ]
+    assert all(len(numbers) == 16 for numbers in chance) and chance[0] != chance[1] != chance[2]
+    assert all(max(numbers) > 40 and min(numbers) < 24 for numbers in chance)
+
+
+def check_keep_share() -> None:
+    assert kept(said(A), keep_share=0.4) == [1, 3]
+    assert kept(said(A), keep_share=0.6) == [1, 3, 4]
+
+
+def check_span() -> None:
+    assert kept(said([0.0, 9.0, 0.0, 0.0, 0.0, 8.0, 0.0]), span=1) == [1, 2, 5, 6]
+    assert kept(said([0.0, 9.0, 0.0, 0.0, 0.0, 8.0, 0.0]), span=2) == [1, 2, 3, 5, 6]
+    gap = torch.tensor([[True, True, False, True, True, True, True]])
+    assert kept(said([0.0, 9.0, 0.0, 0.0, 0.0, 8.0, 0.0], written=gap), span=1) == [1, 2, 4, 5]
+
+
+def check_sinks() -> None:
+    assert kept(said([0.0, 0.0, 9.0, 8.0]), said(B), slots=4, sinks=2) == [0, 1, 2, 3]
+
+
+def check_decay_rate() -> None:
+    assert kept(said(A), *[said(B)] * 2, slots=2, decay_rate=1.0) == [1, 3]
+    assert kept(said(A), *[said(B)] * 2, slots=2, decay_rate=0.5) == [8, 10]
+
+
+def check_min_importance() -> None:
+    assert kept(said(A), min_importance=2.5) == [1, 3, 4]
+    assert kept(said(A), said(B), min_importance=2.5, decay_rate=0.3) == [1, 5, 7]
+
+
+def check_merge_similarity() -> None:
+    """What is said again in the same words is not stored again, and lasts."""
+    model = MODELS["llama"]
+    held = []
+    for threshold in (0.9, 1.1):
+        memory = blank(model, slots=64, keep_share=1.0, merge_similarity=threshold)
+        feed(model, memory, CONVERSATIONS[0])
+        memory.clear_context()
+        layer = memory.attention_memory
+        assert layer is not None and layer.slots is not None
+        first = layer.slots.size
+        again = Said(
+            CONVERSATIONS[0][:, :3],
+            torch.full((1, 3), 5.0),
+            torch.ones(1, 3, dtype=torch.bool),
+            torch.tensor([[1, -1, 2]]),
+        )
+        slots, _ = consolidate(layer.slots, again, layer.config)
+        assert slots.size == first + 1 and slots.importance[0, 1] >= 5 and slots.importance[0, 2] >= 5
+        feed(model, memory, CONVERSATIONS[0])
+        memory.clear_context()
+        held.append(layer.slots.size)
+    assert held[0] <= held[1]
+
+
+CHECKS = {name.removeprefix("check_"): check for name, check in list(globals().items()) if name.startswith("check_")}
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(AttentionMemoryConfig)])
+@torch.no_grad()
+def test_every_setting_does_what_it_says(name: str) -> None:
+    """A field without a check fails."""
+    CHECKS[name]()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"slots": 0}, "slots=0"),
+        ({"policy": "best"}, "policy='best'.*surprise"),
+        ({"keep_share": 0}, "keep_share=0"),
+        ({"keep_share": 1.5}, "keep_share=1.5"),
+        ({"decay_rate": float("nan")}, "decay_rate=nan"),
+        ({"span": True}, "span=True"),
+        ({"sinks": 30, "slots": 30}, "sinks=30.*no room"),
+        ({"slot": 12}, "'slot'; did you mean 'slots'"),
+        ({"zzz": 12}, "there are slots, policy"),
+    ],
+)
+def test_a_bad_setting_is_named(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MemoryCache.for_model(MODELS["llama"], **settings)
+
+
+@every_architecture
+@torch.no_grad()
+def test_surprise_is_the_models_negative_log_likelihood(arch: str) -> None:
+    model, ids = MODELS[arch], tokens(2, 9, seed=3)
+    out = model(input_ids=ids, output_hidden_states=True)
+    expected = torch.nn.functional.cross_entropy(out.logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
+    assert_close(token_surprise(model, out.hidden_states[-1][:, :-1], ids[:, 1:]), expected)
+    memory = blank(model, keep_share=1.0, span=0, min_importance=0.0)
+    talk(model, memory, [ids])
+    layer = memory.attention_memory
+    assert layer is not None and layer.slots is not None
+    assert_close(layer.slots.surprise[:, 1:], expected)
+
+
+@torch.no_grad()
+def test_decay_forgets_in_the_end() -> None:
+    """All but the sinks."""
+    memory = remembering(MODELS["llama"])
+    memory.decay(10_000)
+    layer = memory.attention_memory
+    assert layer is not None and layer.slots is not None
+    assert layer.slots.number.tolist() == [[0, 1]] and memory.layers[0].columns == 2
+
+
+# What a person sees.
+
+
+@torch.no_grad()
+def test_words_are_remembered_and_can_be_forgotten() -> None:
+    tokenizer = byte_tokenizer()
+    model = tiny_model("llama", vocab_size=len(tokenizer))
+    memory = MemoryCache.for_model(model, tokenizer=tokenizer, keep_share=1.0)
+    assert memory.remembered() == [] and memory.forget(matching="alice") == 0
+    for text in ("my name is alice", "the sea"):
+        feed(model, memory, tokenizer(text, return_tensors="pt").input_ids)
+        memory.clear_context()
+    told = [(part.text, part.conversations_ago) for part in memory.remembered()]
+    assert any("alice" in text and ago == 2 for text, ago in told) and any(
+        "sea" in text and ago == 1 for text, ago in told
+    )
+    assert "alice" in memory.summary()
+    before = memory.nbytes
+    assert memory.forget(matching="Alice") >= 1
+    assert "alice" not in memory.summary() and "sea" in memory.summary() and memory.nbytes < before
+    feed(model, memory, tokens(1, 3, seed=1))
+    with pytest.raises(ValueError, match="open conversation"):
+        memory.forget(matching="sea")
+    memory.tokenizer = None
+    with pytest.raises(ValueError, match="tokenizer"):
+        memory.forget(matching="sea")
+    with pytest.raises(ValueError, match="one of last"):
+        memory.forget()

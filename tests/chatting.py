@@ -80,6 +80,6 @@ def chat_model(
     tokenizer: PreTrainedTokenizerFast, arch: str = "llama", model: Any = None, **settings: Any
 ) -> PeftModel:
     """A tiny model with a memory that changes its logits, with the vocabulary of a tokenizer."""
-    (subject,) = subjects(arch, ["default"])
+    subject = subjects(arch, ["default"])[0]
     assert isinstance(subject, Subject)
     return subject.build(model={"vocab_size": len(tokenizer), **(model or {})}, **settings)

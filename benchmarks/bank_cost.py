@@ -17,17 +17,17 @@ import torch
 from senri_hf import MemoryTransformerConfig, MemoryTransformerForCausalLM
 
 
-HIDDEN, LAYERS, TOKENS, CHAPTER, TOP_K = 128, 4, 1024, 128, 4
+HIDDEN, LAYERS, TOKENS, CHAPTER, TOP_K = 128, 8, 2048, 256, 2
 SIZES = (4096, 16384, 65536, 262144)
 STRATEGIES = ("prefix", "token")
 
 
 def model_of(rows: int, strategy: str, seed: int = 0) -> MemoryTransformerForCausalLM:
-    """A model whose memory is every second layer's."""
+    """A model whose memory is every fourth layer's."""
     torch.manual_seed(seed)
     config = MemoryTransformerConfig(
         vocab_size=2048, hidden_size=HIDDEN, intermediate_size=4 * HIDDEN, num_hidden_layers=LAYERS,
-        num_attention_heads=4, memory_layer_placement="every_n", memory_layer_n=2, wo_init_zero=False,
+        num_attention_heads=4, memory_layer_placement="every_n", memory_layer_n=4, wo_init_zero=False,
         num_memory_tokens=rows, use_chapters=True, num_chapters=rows // CHAPTER, top_k_chapters=TOP_K,
         routing_strategy_train=strategy, memory_gradient_checkpointing=False,
     )  # fmt: skip
@@ -50,7 +50,7 @@ def chapters_read(model: MemoryTransformerForCausalLM, ids: torch.Tensor) -> flo
 
 def times(rounds: int) -> list[dict[str, float | int | str]]:
     """Seconds for every strategy and size, and as multiples of the smallest size's."""
-    ids = torch.randint(0, 2048, (1, TOKENS), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(0, 2048, (TOKENS // 512, 512), generator=torch.Generator().manual_seed(1))
     results: list[dict[str, float | int | str]] = []
     for strategy in STRATEGIES:
         models = {rows: model_of(rows, strategy) for rows in SIZES}
@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "docs" / "bank_cost.json")
     arguments = parser.parse_args()
     setting = {
-        "hidden_size": HIDDEN, "layers": LAYERS, "memory_layers": LAYERS // 2, "tokens": TOKENS,
+        "hidden_size": HIDDEN, "layers": LAYERS, "memory_layers": LAYERS // 4, "tokens": TOKENS,
         "rows_per_chapter": CHAPTER, "top_k": TOP_K, "threads": torch.get_num_threads(), "torch": torch.__version__,
     }  # fmt: skip
     arguments.out.write_text(json.dumps({"setting": setting, "time": times(arguments.rounds)}, indent=1) + "\n")

@@ -26,7 +26,9 @@ _MODULES = {
     "MemoryAdapterConfig": ".adapters",
     "MemoryCache": ".memory",
     "MemoryChat": ".chat",
+    "LanguageModelTrainer": ".training",
     "MemoryTrainer": ".training",
+    "RouterLossMixin": ".training",
     "MemoryTrainingArguments": ".training",
     "EpisodeCollator": ".training",
     "SenriConfig": ".configuration.senri",
@@ -46,6 +48,7 @@ __all__ = [
     "CompressiveConfig",
     "EpisodeCollator",
     "EpisodicConfig",
+    "LanguageModelTrainer",
     "MemoryAdapterConfig",
     "MemoryCache",
     "MemoryChat",
@@ -55,6 +58,7 @@ __all__ = [
     "MemoryTransformerForCausalLM",
     "MemoryTransformerForSequenceClassification",
     "MemoryTransformerModel",
+    "RouterLossMixin",
     "SenriConfig",
     "SenriForCausalLM",
     "SenriForSequenceClassification",
@@ -89,7 +93,13 @@ if TYPE_CHECKING:
     )
     from .modeling.senri import SenriForCausalLM, SenriForSequenceClassification, SenriModel
     from .tokenizers import load_open_calm_tokenizer
-    from .training import EpisodeCollator, MemoryTrainer, MemoryTrainingArguments
+    from .training import (
+        EpisodeCollator,
+        LanguageModelTrainer,
+        MemoryTrainer,
+        MemoryTrainingArguments,
+        RouterLossMixin,
+    )
 
 
 def __getattr__(name: str) -> Any:

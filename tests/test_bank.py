@@ -359,7 +359,7 @@ def test_a_new_memory_adds_nothing(kind: str) -> None:
 def test_tiles_hold_every_pair_once() -> None:
     """Whatever chapters are read how often."""
     choice = torch.cat([torch.zeros(40, 2).long() + torch.tensor([0, 5]), torch.randint(0, 9, (30, 2))])
-    groups = Groups.of(choice, 9)
+    groups = Groups.of(choice)
     for size in (1, 4, 16):
         chapter, pair, real = groups.tiles(size)
         assert sorted(pair[real].tolist()) == list(range(choice.numel()))

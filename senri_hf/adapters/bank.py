@@ -88,7 +88,6 @@ class BankBlock(nn.Module, MemoryBlock):
             self.mlp_norm = nn.RMSNorm(hidden_size)
             self.mlp = GatedMLP(hidden_size, zero=config.wo_init_zero)
         self.router_loss = RouterLossSlot()
-        self.record: RouterRecord | None = None  # of the last pass: what a trainer logs
 
     def new_cache_layer(self, layer_idx: int, adapter_name: str) -> MemoryLayer:
         return BankLayer(self.config, layer_idx, adapter_name)
@@ -126,11 +125,8 @@ class BankBlock(nn.Module, MemoryBlock):
             raise lookahead_error((name,), "a causal language model")
 
     def note_routing(self, record: RouterRecord | None) -> None:
-        """Keep what the router did for whoever logs it; in training its loss waits to be taken."""
-        if record is None:
-            return
-        self.record = RouterRecord(*(value.detach() for value in record))
-        if self.training and torch.is_grad_enabled() and has_router_loss(self.config):
+        """In training, let the router's loss wait to be taken."""
+        if record is not None and self.training and torch.is_grad_enabled() and has_router_loss(self.config):
             self.router_loss.loss = self.weight * router_loss(record, self.config)
 
 

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from . import chat, memory
+from . import chat, evaluate, generate, memory, merge, train
 
 
 EXPECTED_ERROR = 2
@@ -17,17 +17,19 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="senri-hf", description="Memory that lasts, for Hugging Face models.")
     parser.add_argument("--version", action="version", version=f"senri_hf {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (chat, memory):
+    for command in (train, evaluate, generate, merge, chat, memory):
         command.add_parser(commands)
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a subcommand; returns its exit code: 0, 2 for an error that a person can mend, 130 when interrupted."""
+    from huggingface_hub.errors import StrictDataclassError
+
     parsed = build_parser().parse_args(arguments)
     try:
         code: int = parsed.run(parsed)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         print(f"senri-hf: error: {error}", file=sys.stderr)
         return EXPECTED_ERROR
     except KeyboardInterrupt:

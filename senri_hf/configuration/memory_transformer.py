@@ -110,41 +110,53 @@ class MemoryTransformerConfig(BankConfig, PreTrainedConfig):
     def validate_memory(self) -> None:
         """Part of strict validation: the bank's settings, and where memory is."""
         self.check_bank()
-        check_choice("memory_layer_placement", self.memory_layer_placement, PLACEMENTS)
         check_choice("memory_block_variant", self.memory_block_variant, VARIANTS)
-        check_whole("memory_layer_k", self.memory_layer_k, 1)
-        check_whole("memory_layer_n", self.memory_layer_n, 1)
         if not 0 <= self.dropout <= 1:
             raise ValueError(f"dropout={self.dropout!r} was given, but dropout must be a number from 0 to 1")
-        count = self.num_hidden_layers
-        if self.memory_layer_placement in ("first_k", "last_k") and self.memory_layer_k > count:
-            raise ValueError(
-                f"memory_layer_k={self.memory_layer_k} was given, but the model has only {count} layers "
-                f"(num_hidden_layers)"
-            )
-        chosen = self.memory_layer_indices
-        if self.memory_layer_placement == "custom":
-            if not chosen or len(set(chosen)) != len(chosen) or not all(0 <= index < count for index in chosen):
-                raise ValueError(
-                    f"memory_layer_indices={chosen!r} was given, but memory_layer_placement='custom' needs different "
-                    f"layers from 0 to {count - 1}"
-                )
-        elif chosen is not None:
-            raise ValueError(
-                f"memory_layer_indices={chosen!r} was given with memory_layer_placement="
-                f"{self.memory_layer_placement!r}; it is read with 'custom' only"
-            )
+        self._placed()
 
     @property
     def memory_layers(self) -> list[int]:
         """The layers that read memory, ascending."""
-        layers = list(range(self.num_hidden_layers))
-        if self.vanilla_mode:
-            return []
-        return {
-            "all": layers,
-            "first_k": layers[: self.memory_layer_k],
-            "last_k": layers[-self.memory_layer_k :],
-            "every_n": layers[:: self.memory_layer_n],
-            "custom": sorted(self.memory_layer_indices or []),
-        }[self.memory_layer_placement]
+        return [] if self.vanilla_mode else self._placed()
+
+    def _placed(self) -> list[int]:
+        return resolve_placement(
+            self.memory_layer_placement,
+            self.memory_layer_k,
+            self.memory_layer_n,
+            self.memory_layer_indices,
+            self.num_hidden_layers,
+        )
+
+
+def resolve_placement(placement: str, k: int, n: int, indices: list[int] | None, count: int) -> list[int]:
+    """The layers, ascending, that a placement names in a model of `count` layers.
+
+    Raises:
+        ValueError: when the model does not have them, naming the setting.
+    """
+    check_choice("memory_layer_placement", placement, PLACEMENTS)
+    check_whole("memory_layer_k", k, 1)
+    check_whole("memory_layer_n", n, 1)
+    if placement in ("first_k", "last_k") and k > count:
+        raise ValueError(f"memory_layer_k={k} was given, but the model has only {count} layers")
+    if placement == "custom":
+        if not indices or len(set(indices)) != len(indices) or not all(0 <= index < count for index in indices):
+            raise ValueError(
+                f"memory_layer_indices={indices!r} was given, but memory_layer_placement='custom' needs different "
+                f"layers from 0 to {count - 1}"
+            )
+    elif indices is not None:
+        raise ValueError(
+            f"memory_layer_indices={indices!r} was given with memory_layer_placement={placement!r}; it is read with "
+            "'custom' only"
+        )
+    layers = list(range(count))
+    return {
+        "all": layers,
+        "first_k": layers[:k],
+        "last_k": layers[-k:],
+        "every_n": layers[::n],
+        "custom": sorted(indices or []),
+    }[placement]

@@ -10,7 +10,7 @@ from transformers import initialization as init
 from ..configuration import BankConfig
 from .bank import OpenBank, attention_heads, attention_width, row_width
 from .bank_layer import BankLayer
-from .bank_router import ChapterRouter, Choice, RouterRecord, RouterState, routed_by
+from .bank_router import ChapterRouter, Choice, RouterRecord, RouterState, mean_record, routed_by
 from .chapter_attention import Groups, chapter_attention
 
 
@@ -65,6 +65,7 @@ class BankAttention(nn.Module):
         self.o_proj = self._projection(width, hidden_size, 0.0 if config.wo_init_zero else init_std)
         self.dropout = nn.Dropout(dropout if config.memory_dropout is None else config.memory_dropout)
         self.router = ChapterRouter(config, hidden_size) if config.use_chapters else None
+        self.record: RouterRecord | None = None  # of the last pass, for whoever logs it
 
     def _projection(self, inputs: int, outputs: int, std: float) -> nn.Module:
         if self.config.use_low_rank_projections:
@@ -101,6 +102,7 @@ class BankAttention(nn.Module):
             state = self._state(x, layer, prompt_lengths)
             logits = self.router(routed_by(x, real, self.strategy, state, starts)).flatten(0, 1)
             choice, record = self.router.choose(logits, real.flatten())
+            self.record = RouterRecord(*(value.detach() for value in record))
         if layer is not None:
             layer.append(x, real)
         if self.training and self.config.memory_gradient_checkpointing and torch.is_grad_enabled():
@@ -138,10 +140,10 @@ class BankAttention(nn.Module):
 
     def read_chapters(self, query: Tensor, bank: OpenBank, choice: Choice) -> Tensor:
         """The chosen chapters, for query [n, H, e]: [n, H, f]."""
-        groups = Groups.of(choice.chapters, self.config.num_chapters)
+        groups = Groups.of(choice.chapters)
         rows = bank.chapters(groups.chapters).to(query.dtype)  # [A, T, width]
         length = rows.shape[1]
-        if self.absorbs(groups.most_chapters * length, query.shape[0], choice.chapters.shape[1] * length):
+        if self.absorbs(rows.shape[0] * length, query.shape[0], choice.chapters.shape[1] * length):
             rows = rows[:, :, None]
             read = chapter_attention(self.lift(query)[:, None], rows, rows, choice.weight, groups)
             return self.lower(read[:, 0])
@@ -180,3 +182,9 @@ class BankAttention(nn.Module):
     def _by_head(self, x: Tensor, equation: str, projection: nn.Module) -> Tensor:
         last: Any = projection.up if isinstance(projection, LowRankProjection) else projection
         return torch.einsum(equation, x, last.weight.unflatten(0, (self.num_heads, -1)))
+
+
+def router_record(model: nn.Module) -> RouterRecord | None:
+    """What the routers of a model did in its last pass, a mean over memory layers; None without chapters."""
+    records = [m.record for m in model.modules() if isinstance(m, BankAttention) and m.record is not None]
+    return mean_record(records) if records else None

@@ -188,7 +188,8 @@ class ChapterRouter(nn.Linear):
         usage = reads / (tokens * chapters.shape[-1])
         mean = (probability * kept[:, None]).sum(0) / tokens
         log_normalizer = logits.logsumexp(-1)
-        entropy = (torch.special.entr(probability.detach()).sum(-1) * kept).sum() / tokens
+        surprise = log_normalizer - (probability * logits).sum(-1)
+        entropy = (surprise.detach() * kept).sum() / tokens
         return RouterRecord(
             load_balance=count * (usage * mean).sum(),
             auxiliary=torch.xlogy(mean, mean * count).sum(),

@@ -29,32 +29,27 @@ class Groups:
         counts: [A] pairs of each.
         order: [P] places of the sorted pairs among the unsorted ones, which go token by token.
         token: [P] the token of each pair.
-        most_chapters: Chapters that could be read at most: known without looking.
     """
 
     chapters: Tensor
     counts: Tensor
     order: Tensor
     token: Tensor
-    most_chapters: int
 
     @classmethod
-    def of(cls, choice: Tensor, num_chapters: int) -> "Groups":
-        """The groups of choice [n, k]: the chapters that each of n tokens reads, of `num_chapters`.
+    def of(cls, choice: Tensor) -> "Groups":
+        """The groups of choice [n, k]: the chapters that each of n tokens reads.
 
         Asks the device once how many chapters are read.
         """
         flat = choice.reshape(-1)
         order = flat.argsort(stable=True)
         chapters, counts = torch.unique_consecutive(flat[order], return_counts=True)
-        return cls(chapters, counts, order, order // choice.shape[1], min(num_chapters, flat.numel()))
+        return cls(chapters, counts, order, order // choice.shape[1])
 
     def tile_size(self, query_heads: int) -> int:
-        """Tokens of a tile: about those that would read a chapter if all were read alike.
-
-        It depends on shapes alone, so that what a row reads is computed in the same way whatever the other rows are.
-        """
-        mean = max(1, self.token.numel() // self.most_chapters)
+        """Tokens of a tile: about as many as read a chapter."""
+        mean = self.token.numel() // self.chapters.numel()
         wanted = max(mean, -(-LEAST_TILE_ROWS // query_heads))
         return min(1 << (wanted - 1).bit_length(), LARGEST_TILE)
 

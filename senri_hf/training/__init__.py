@@ -4,7 +4,17 @@ from .arguments import MemoryTrainingArguments
 from .collator import EpisodeCollator
 from .episodes import encode_conversation
 from .evaluation import ask, tell
+from .language_model import LanguageModelTrainer, RouterLossMixin
 from .trainer import MemoryTrainer
 
 
-__all__ = ["EpisodeCollator", "MemoryTrainer", "MemoryTrainingArguments", "ask", "encode_conversation", "tell"]
+__all__ = [
+    "EpisodeCollator",
+    "LanguageModelTrainer",
+    "MemoryTrainer",
+    "MemoryTrainingArguments",
+    "RouterLossMixin",
+    "ask",
+    "encode_conversation",
+    "tell",
+]

@@ -19,6 +19,9 @@ class MemoryTrainingArguments(TrainingArguments):
             once and reuse it whenever the same text is told again. Several epochs over long episodes then cost little
             more than their questions; what is given up is that memory also shaped how later conversations were read.
         keep_loss_weight: Weight of the divergence from the base model where a conversation is marked `keep`.
+        memory_lr, lora_lr, base_model_lr: Learning rates of memory, of LoRA and of everything else; `learning_rate`
+            where None.
+        min_lr_ratio: Share of the learning rate at which the schedule of a `LanguageModelTrainer` ends.
         retrieval_loss_weight: Weight of a loss on which conversation an answer is read from, where an episode says in
             which one it was told: the contrastive loss of dense retrieval (Karpukhin et al. 2020, eq. 2) with the
             episode's other conversations as negatives.
@@ -31,6 +34,10 @@ class MemoryTrainingArguments(TrainingArguments):
     predictor_loss_weight: float = field(default=1.0, metadata={"help": "Weight of the surprise predictor's loss."})
     reuse_told_states: bool = field(default=False, metadata={"help": "Read told conversations once, without memory."})
     keep_loss_weight: float = field(default=1.0, metadata={"help": "Weight of staying as the base model is."})
+    memory_lr: float | None = field(default=None, metadata={"help": "Learning rate of memory."})
+    lora_lr: float | None = field(default=None, metadata={"help": "Learning rate of LoRA."})
+    base_model_lr: float | None = field(default=None, metadata={"help": "Learning rate of everything else."})
+    min_lr_ratio: float = field(default=0.0, metadata={"help": "Share of the learning rate at the end."})
     retrieval_loss_weight: float = field(
         default=0.3, metadata={"help": "Weight of reading from the conversation in which the answer was told."}
     )

@@ -11,6 +11,7 @@ from transformers.trainer_utils import EvalPrediction
 from ..memory import MemoryCache
 from .arguments import MemoryTrainingArguments
 from .episodes import IGNORED
+from .groups import learning_rate_of
 from .told import ToldStates
 
 
@@ -44,21 +45,22 @@ class MemoryTrainer(Trainer):
         if self.optimizer is None:
             trained = cast(PreTrainedModel, self.model if model is None else model)
             decayed = set(self.get_decay_parameter_names(trained))
-            groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+            groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
             for name, parameter in trained.named_parameters():
                 if parameter.requires_grad:
                     scalar = name.endswith(SCALARS)
-                    groups.setdefault((scalar, name in decayed and not scalar), []).append(parameter)
-            rate, faster = self.args.learning_rate, self.args.gate_learning_rate_multiplier
+                    faster = self.args.gate_learning_rate_multiplier if scalar else 1.0
+                    rate = learning_rate_of(name, self.args) * faster
+                    groups.setdefault((rate, name in decayed and not scalar), []).append(parameter)
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, trained)
             self.optimizer = optimizer_class(
                 [
                     {
                         "params": parameters,
-                        "lr": rate * faster if scalar else rate,
+                        "lr": rate,
                         "weight_decay": self.args.weight_decay if decay else 0.0,
                     }
-                    for (scalar, decay), parameters in groups.items()
+                    for (rate, decay), parameters in groups.items()
                 ],
                 **options,
             )

@@ -1,0 +1,41 @@
+"""`senri-hf train`: a run from a YAML file, alone or under `accelerate launch`."""
+
+import argparse
+import json
+from pathlib import Path
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add `train` to the command line."""
+    parser = commands.add_parser("train", help="train a memory transformer, or memory and LoRA in a model that exists")
+    parser.add_argument(
+        "--config", required=True, metavar="FILE", help="YAML with the sections memory, model, training"
+    )
+    parser.add_argument("--resume", metavar="CHECKPOINT", help="go on from this checkpoint")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings over those of the file")
+    parser.set_defaults(run=run_train)
+
+
+def run_train(arguments: argparse.Namespace) -> int:
+    """Train, and print where the final model is and how it did."""
+    from ..configuration.run import RunConfig
+    from ..training import run as runs
+
+    overrides = list(arguments.overrides)
+    if arguments.resume is not None:
+        overrides.append(f"resume_from_checkpoint={arguments.resume}")
+    config = RunConfig.load(arguments.config, overrides)
+    checkpoint = config.training.resume_from_checkpoint
+    if checkpoint is not None and not Path(checkpoint).is_dir():
+        raise OSError(f"resume_from_checkpoint={checkpoint} was given, but there is no such folder")
+    run = runs.prepare(config)
+    trainer = runs.trainer_of(run)
+    if trainer.args.should_save:
+        runs.write_effective(config, Path(config.training.output_dir))
+    trainer.train(resume_from_checkpoint=checkpoint)
+    folder = runs.save(run, trainer)
+    if trainer.args.should_save:
+        history = Path(config.training.output_dir) / "training_history.json"
+        history.write_text(json.dumps(trainer.state.log_history, indent=1) + "\n", encoding="utf-8")
+        print(f"The model is in {folder}, and what was logged in {history}")
+    return 0

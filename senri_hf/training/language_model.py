@@ -1,0 +1,127 @@
+"""Training of a language model with a bank: its router losses, learning rates and schedule, and what is logged."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import Trainer
+
+from ..memory.bank_reader import router_record
+from ..memory.router_loss import share_of_batch, take_router_loss
+from .arguments import MemoryTrainingArguments
+from .groups import kind_of, parameter_groups
+
+
+BASE_PARAMETERS = "base_parameters.safetensors"
+
+
+class RouterLossMixin:
+    """Adds router losses that a trainer's own loss leaves out: put it before a trainer's class.
+
+    `class BankSFTTrainer(RouterLossMixin, SFTTrainer)` trains a bank with TRL, which computes the loss from hidden
+    states and never calls the causal language model's forward. Where the model adds them itself nothing comes twice.
+    """
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        labels = inputs.get("labels")
+        parent: Any = super()
+        result = parent.compute_loss(
+            model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+        )
+        waiting = take_router_loss(model)
+        if waiting is None or not model.training:
+            return result
+        loss = result[0] if return_outputs else result
+        share = share_of_batch(labels, num_items_in_batch) if isinstance(labels, Tensor) else 1.0
+        loss = loss + waiting.to(loss.device) * share
+        return (loss, *result[1:]) if return_outputs else loss
+
+
+class LanguageModelTrainer(RouterLossMixin, Trainer):
+    """A `Trainer` for next tokens, of a memory transformer or of a model with a bank and LoRA beside it.
+
+    Learning rates are `memory_lr`, `lora_lr` and `base_model_lr`, and end at `min_lr_ratio` of themselves. Logged are
+    the entropy of routers and the share of reads that the busiest chapter gets.
+    """
+
+    args: MemoryTrainingArguments
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The optimizer of `args`, with a learning rate for every kind of parameter."""
+        if self.optimizer is None:
+            trained: Any = self.model if model is None else model
+            groups = parameter_groups(
+                trained.named_parameters(), self.args, set(self.get_decay_parameter_names(trained))
+            )
+            if not groups:
+                raise ValueError(
+                    "Nothing would be trained: the base model is frozen, and neither memory nor LoRA is added to it. "
+                    "Set freeze_base_model=false, or add memory or LoRA"
+                )
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, trained)
+            self.optimizer = optimizer_class(groups, **options)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """The schedule of `args`, which after its rise falls to `min_lr_ratio` instead of to zero."""
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        floor, warmup = self.args.min_lr_ratio, self.args.get_warmup_steps(num_training_steps)
+        if floor and isinstance(scheduler, LambdaLR):
+            scheduler.lr_lambdas = [Floored(factor, floor, warmup) for factor in scheduler.lr_lambdas]
+        return scheduler
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs and self.model is not None:
+            record = router_record(self.model)
+            if record is not None:
+                logs["router_entropy"] = record.entropy.item()
+                logs["busiest_chapter"] = record.usage.max().item()
+        super().log(logs, *args, **kwargs)
+
+    # An adapter's checkpoint holds the adapter alone; where the base model is trained too, it goes beside it.
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        trained = trained_base_parameters(self.model)
+        if trained:
+            held = {name: p.detach().cpu().contiguous() for name, p in trained.items()}
+            save_file(held, Path(output_dir or str(self.args.output_dir)) / BASE_PARAMETERS)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        load_base_parameters(self.model if model is None else model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if self.state.best_model_checkpoint is not None:
+            load_base_parameters(self.model, self.state.best_model_checkpoint)
+
+
+class Floored:
+    """A factor of the learning rate that after the rise goes from 1 to `floor` as `factor` goes from 1 to 0."""
+
+    def __init__(self, factor: Any, floor: float, warmup: float) -> None:
+        self.factor, self.floor, self.warmup = factor, floor, warmup
+
+    def __call__(self, step: int) -> float:
+        factor = float(self.factor(step))
+        return factor if step < self.warmup else self.floor + (1 - self.floor) * factor
+
+
+def trained_base_parameters(model: Any) -> dict[str, nn.Parameter]:
+    """The parameters of a base model that are trained beside its adapters, by name; none without adapters."""
+    if not hasattr(model, "peft_config"):
+        return {}
+    return {n: p for n, p in model.named_parameters() if p.requires_grad and kind_of(n) == "base_model"}
+
+
+def load_base_parameters(model: Any, folder: str | Path) -> None:
+    """Load what a run trained of its base model, where there is any."""
+    path = Path(folder) / BASE_PARAMETERS
+    if path.is_file():
+        model.load_state_dict(load_file(path), strict=False)

@@ -22,7 +22,13 @@ from senri_hf.training import run as runs
 HERE = Path(__file__).parent
 CONFIGS = HERE.parent / "configs"
 OUT = HERE.parent.parent / "docs" / "memory_comparison.json"
-HIDDEN, LAYERS, MEMORY_LAYERS, INNER, BATCH_TOKENS = 128, 4, 2, 344, 1024
+HIDDEN, LAYERS, MEMORY_LAYERS, INNER, LENGTH, BATCH = 64, 4, 2, 172, 64, 8
+SIZES = {
+    "scratch": [f"hidden_dim={HIDDEN}", f"intermediate_dim={INNER}", f"max_length={LENGTH}", f"batch_size={BATCH}"],
+    "adapter": ["max_length=64", "batch_size=2"],
+}
+# Held-out rows that are read; all of them where a model is small.
+EVALUATED = {"scratch": None, "adapter": 48}
 
 
 def wider(parameters: float) -> list[str]:
@@ -37,7 +43,7 @@ def memory_parameters(rows: int) -> int:
 
 def memory_multiplications(rows: int) -> float:
     """Of a token: queries and outputs, its share of the rows' keys and values, scores and sums."""
-    return MEMORY_LAYERS * (2 * HIDDEN**2 + rows * 2 * HIDDEN**2 / BATCH_TOKENS + 2 * rows * HIDDEN)
+    return MEMORY_LAYERS * (2 * HIDDEN**2 + rows * 2 * HIDDEN**2 / (LENGTH * BATCH) + 2 * rows * HIDDEN)
 
 
 WHOLE = ["use_chapters=false"]
@@ -56,8 +62,8 @@ ADAPTER: dict[str, list[str]] = {
     "memory and LoRA": ["use_both_memory_and_lora=true"],
 }
 PARTS: dict[str, tuple[str, dict[str, list[str]], tuple[float, ...]]] = {
-    "scratch": ("base_small_cpu.yaml", SCRATCH, (1e-3, 3e-3, 6e-3)),
-    "adapter": ("adapter_smollm2_cpu.yaml", ADAPTER, (3e-4, 1e-3, 3e-3)),
+    "scratch": ("base_small_cpu.yaml", SCRATCH, (3e-3, 8e-3)),
+    "adapter": ("adapter_smollm2_cpu.yaml", ADAPTER, (5e-4, 2e-3)),
 }
 RATES = ("memory_lr", "lora_lr", "base_model_lr")
 
@@ -68,7 +74,7 @@ def configured(part: str, settings: list[str], folder: str, steps: int, rate: fl
     once = [f"max_steps={steps}", f"warmup_steps={steps // 10}", "eval_split=null", "save_best_model=false"]
     return RunConfig.load(
         CONFIGS / PARTS[part][0],
-        [*settings, *rates, *once, f"save_steps={steps}", f"seed={seed}", f"output_dir={folder}"],
+        [*SIZES[part], *settings, *rates, *once, f"save_steps={steps}", f"seed={seed}", f"output_dir={folder}"],
     )
 
 
@@ -84,10 +90,10 @@ def one_run(part: str, settings: list[str], steps: int, rate: float, seed: int) 
         return {
             "rate": rate,
             "seed": seed,
-            **held_out(run),
+            **held_out(run, part),
             "seconds": round(seconds),
             "trained_parameters": sum(p.numel() for p in run.model.parameters() if p.requires_grad),
-            "training_tokens": steps * BATCH_TOKENS if part == "scratch" else trained_tokens(config, steps),
+            "training_tokens": trained_tokens(config, steps),
         }
 
 
@@ -96,27 +102,35 @@ def trained_tokens(config: RunConfig, steps: int) -> int:
     return steps * section.batch_size * section.gradient_accumulation_steps * section.max_length
 
 
-def held_out(run: runs.Run) -> dict[str, float]:
+def held_out(run: runs.Run, part: str) -> dict[str, float]:
     """Loss and perplexity on the test split."""
-    return perplexity(run.model, runs.encoded(run, "test"), runs.collator(run), run.config.training.batch_size)
+    rows = runs.encoded(run, "test")[: EVALUATED[part]]
+    return perplexity(run.model, rows, runs.collator(run), run.config.training.batch_size)
 
 
 def untrained(part: str) -> dict[str, Any]:
     """The base model as it is."""
     with tempfile.TemporaryDirectory() as folder:
         run = runs.prepare(configured(part, ["vanilla_mode=true"], folder, 10, 1e-3, 0))
-        return {"rate": 0, "seed": 0, **held_out(run), "seconds": 0, "trained_parameters": 0, "training_tokens": 0}
+        return {
+            "rate": 0,
+            "seed": 0,
+            **held_out(run, part),
+            "seconds": 0,
+            "trained_parameters": 0,
+            "training_tokens": 0,
+        }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=PARTS)
-    parser.add_argument("--steps", type=int, help="of a run: 150 from scratch, 24 in a model that exists")
+    parser.add_argument("--steps", type=int, help="of a run: 120 from scratch, 16 in a model that exists")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--variants", nargs="+", help="only those")
     parser.add_argument("--out", type=Path, default=OUT)
     arguments = parser.parse_args()
-    steps = arguments.steps or {"scratch": 150, "adapter": 24}[arguments.part]
+    steps = arguments.steps or {"scratch": 120, "adapter": 16}[arguments.part]
     _, variants, rates = PARTS[arguments.part]
     results: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
 

@@ -301,8 +301,12 @@ class RunConfig:
                 )
 
     def effective(self) -> str:
-        """All settings as they are in force, as YAML that `load` reads."""
+        """All settings as they are in force, as YAML that `load` reads; a base model's sizes are its own."""
         sections = {name: dataclasses.asdict(getattr(self, name)) for name in SECTIONS}
+        if self.model.base_model_name is not None:
+            for name in (*ARCHITECTURE, "attention_dropout"):
+                if name not in self.given:
+                    del sections["model"][name]
         return yaml.safe_dump(sections, sort_keys=False)
 
 
@@ -339,6 +343,8 @@ def unknown(key: str, names: list[str], what: str) -> ValueError:
 def converted(name: str, value: Any, wanted: Any) -> Any:
     """A value of YAML as its field's type; `1e-4`, which YAML takes for text, is a number."""
     options = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
+    if name == "mixed_precision" and value is False:
+        return "no"  # which YAML takes for false
     for option in options:
         origin = typing.get_origin(option) or option
         if origin is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):

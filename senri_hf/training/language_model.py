@@ -1,5 +1,6 @@
 """Training of a language model with a bank: its router losses, learning rates and schedule, and what is logged."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ class LanguageModelTrainer(RouterLossMixin, Trainer):
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         floor, warmup = self.args.min_lr_ratio, self.args.get_warmup_steps(num_training_steps)
         if floor and isinstance(scheduler, LambdaLR):
-            scheduler.lr_lambdas = [Floored(factor, floor, warmup) for factor in scheduler.lr_lambdas]
+            scheduler.lr_lambdas = [floored(factor, floor, warmup) for factor in scheduler.lr_lambdas]
         return scheduler
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -102,15 +103,14 @@ class LanguageModelTrainer(RouterLossMixin, Trainer):
             load_base_parameters(self.model, self.state.best_model_checkpoint)
 
 
-class Floored:
+def floored(factor: Callable[[int], float], floor: float, warmup: float) -> Callable[[int], float]:
     """A factor of the learning rate that after the rise goes from 1 to `floor` as `factor` goes from 1 to 0."""
 
-    def __init__(self, factor: Any, floor: float, warmup: float) -> None:
-        self.factor, self.floor, self.warmup = factor, floor, warmup
+    # A function, of which a checkpoint of the schedule holds nothing.
+    def scaled(step: int) -> float:
+        return float(factor(step)) if step < warmup else floor + (1 - floor) * float(factor(step))
 
-    def __call__(self, step: int) -> float:
-        factor = float(self.factor(step))
-        return factor if step < self.warmup else self.floor + (1 - self.floor) * factor
+    return scaled
 
 
 def trained_base_parameters(model: Any) -> dict[str, nn.Parameter]:

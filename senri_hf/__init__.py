@@ -20,6 +20,8 @@ _MODULES = {
     "MemoryTransformerModel": ".modeling",
     "CompressiveConfig": ".configuration",
     "EpisodicConfig": ".configuration",
+    "SparseAutoencoder": ".interpretability",
+    "SparseAutoencoderConfig": ".configuration.sparse_autoencoder",
     "SymbolicTransformerConfig": ".configuration.symbolic",
     "SymbolicTransformerForCausalLM": ".modeling",
     "SymbolicTransformerModel": ".modeling",
@@ -63,6 +65,8 @@ __all__ = [
     "SenriForCausalLM",
     "SenriForSequenceClassification",
     "SenriModel",
+    "SparseAutoencoder",
+    "SparseAutoencoderConfig",
     "SymbolicTransformerConfig",
     "SymbolicTransformerForCausalLM",
     "SymbolicTransformerModel",
@@ -82,7 +86,9 @@ if TYPE_CHECKING:
     from .configuration import BankConfig, CompressiveConfig, EpisodicConfig
     from .configuration.memory_transformer import MemoryTransformerConfig
     from .configuration.senri import SenriConfig, pythia_layers, senri_layers
+    from .configuration.sparse_autoencoder import SparseAutoencoderConfig
     from .configuration.symbolic import SymbolicTransformerConfig
+    from .interpretability import SparseAutoencoder
     from .memory import MemoryCache
     from .modeling import (
         MemoryTransformerForCausalLM,

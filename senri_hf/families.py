@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 
 
 class Family(NamedTuple):
-    """The prefix of a family's classes, the module of `configuration` and `modeling`, and the models that there are."""
+    """The prefix of a family's classes, the module of `configuration` and `package`, and the models that there are."""
 
     prefix: str
     module: str
     models: tuple[str, ...]
+    package: str = "modeling"
 
 
 FAMILIES = {
@@ -25,10 +26,12 @@ FAMILIES = {
         "MemoryTransformer", "memory_transformer", ("Model", "ForCausalLM", "ForSequenceClassification")
     ),
     "senri": Family("Senri", "senri", ("Model", "ForCausalLM", "ForSequenceClassification")),
+    "sparse_autoencoder": Family("SparseAutoencoder", "sparse_autoencoder", ("",), "interpretability"),
     "symbolic_transformer": Family("SymbolicTransformer", "symbolic", ("Model", "ForCausalLM")),
 }
 
 TABLES = {
+    "": "MODEL_MAPPING_NAMES",
     "Model": "MODEL_MAPPING_NAMES",
     "ForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
     "ForSequenceClassification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
@@ -47,7 +50,7 @@ class FamilyModule(ModuleType):
         if name == f"{family.prefix}Config":
             return getattr(importlib.import_module(f"senri_hf.configuration.{family.module}"), name)
         if name.removeprefix(family.prefix) in family.models:
-            return getattr(importlib.import_module(f"senri_hf.modeling.{family.module}"), name)
+            return getattr(importlib.import_module(f"senri_hf.{family.package}.{family.module}"), name)
         raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
 
 

@@ -1,0 +1,107 @@
+"""How well a sparse autoencoder explains activations, and how much of a model's predictions survive in it."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .activations import Batch, real_positions
+from .hooks import replaced_output
+from .sparse_autoencoder import SparseAutoencoder
+
+
+@torch.no_grad()
+def reconstruction_metrics(sae: SparseAutoencoder, activations: Iterable[Tensor]) -> dict[str, Any]:
+    """How well activations [n, d_in] are explained, and by how many latents.
+
+    Sums are streamed in float64. The explained variance is global: 1 - Σ|x - x̂|² / Σ|x - mean of all x|², not a mean of
+    ratios.
+
+    Returns:
+        `activations` counted; `l0`, latents active at each; `explained_variance`; `dead`, the share of latents never
+        active; `density` [d_sae], the share of activations at which each latent was.
+    """
+    device = sae.W_dec.device
+    total = torch.zeros(sae.config.d_in, dtype=torch.float64, device=device)
+    square, error = total.new_zeros(()), total.new_zeros(())
+    active = torch.zeros(sae.W_dec.shape[0], dtype=torch.float64, device=device)
+    count = 0
+    for x in activations:
+        x = x.to(device).flatten(0, -2)
+        latents = sae.encode(x)
+        exact = x.double()
+        error += (exact - sae.decode(latents).double()).square().sum()
+        total += exact.sum(0)
+        square += exact.square().sum()
+        active += (latents > 0).sum(0)
+        count += len(x)
+    if not count:
+        raise ValueError("There were no activations to measure")
+    variance = square - total.square().sum() / count
+    return {
+        "activations": count,
+        "l0": float(active.sum() / count),
+        "explained_variance": float(1 - error / variance),
+        "dead": float((active == 0).double().mean()),
+        "density": (active / count).cpu(),
+    }
+
+
+@torch.no_grad()
+def prediction_metrics(
+    model: nn.Module, module: str | nn.Module | None, sae: SparseAutoencoder, batches: Iterable[Batch]
+) -> dict[str, float]:
+    """What is left of a model's predictions when a module's output is replaced by its reconstruction.
+
+    Compared with replacing it by zeros: recovered are (CE_zero - CE_sae) / (CE_zero - CE) of the cross-entropy, and
+    1 - KL_sae / KL_zero of the divergence from the model's own distribution. Positions that the autoencoder is not for
+    (`config.skip_positions`) and padding stay as they are.
+
+    Returns:
+        Cross-entropies and divergences in nats per token, and the two shares recovered.
+    """
+    place = module if module is not None else sae.config.hook_name
+    if place is None:
+        raise ValueError("Name the module: the autoencoder does not know its own (config.hook_name is None)")
+    sums = dict.fromkeys(("cross_entropy", "cross_entropy_sae", "cross_entropy_zero", "kl_sae", "kl_zero"), 0.0)
+    count = 0
+    for batch in batches:
+        mask = real_positions(batch, sae.config.skip_positions)[..., None]
+        own = log_probabilities(model, batch)
+
+        def reconstructed(x: Tensor, mask: Tensor = mask) -> Tensor:
+            return torch.where(mask.to(x.device), sae(x).reconstruction.to(x.dtype), x)
+
+        def zeroed(x: Tensor, mask: Tensor = mask) -> Tensor:
+            return torch.where(mask.to(x.device), torch.zeros_like(x), x)
+
+        real = real_positions(batch)
+        targets = batch["input_ids"][:, 1:].to(own.device)
+        predicted = (real[:, 1:] & real[:, :-1]).to(own.device)
+        count += int(predicted.sum())
+        sums["cross_entropy"] += cross_entropy(own, targets, predicted)
+        for name, function in (("sae", reconstructed), ("zero", zeroed)):
+            with replaced_output(model, place, function):
+                changed = log_probabilities(model, batch)
+            sums[f"cross_entropy_{name}"] += cross_entropy(changed, targets, predicted)
+            divergence = (own.exp() * (own - changed)).sum(-1)[:, :-1]
+            sums[f"kl_{name}"] += float(divergence[predicted].double().sum())
+    if not count:
+        raise ValueError("There were no tokens to predict")
+    found = {name: value / count for name, value in sums.items()}
+    worst = found["cross_entropy_zero"] - found["cross_entropy"]
+    found["cross_entropy_recovered"] = (found["cross_entropy_zero"] - found["cross_entropy_sae"]) / worst
+    found["kl_recovered"] = 1 - found["kl_sae"] / found["kl_zero"]
+    return found
+
+
+def log_probabilities(model: Callable[..., Any], batch: Batch) -> Tensor:
+    """[B, T, V] of the next token."""
+    return model(**batch).logits.float().log_softmax(-1)
+
+
+def cross_entropy(log_probability: Tensor, targets: Tensor, predicted: Tensor) -> float:
+    """Summed over the predicted tokens."""
+    chosen = log_probability[:, :-1].gather(-1, targets[..., None])[..., 0]
+    return float(-chosen[predicted].double().sum())

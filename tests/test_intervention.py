@@ -1,0 +1,325 @@
+"""Interventions: what they change, where, and that they change nothing else."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from models import remembering, subjects, tiny_model, tokens
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+from senri_hf import SparseAutoencoder, SparseAutoencoderConfig
+from senri_hf.interpretability import Edit, captured, control_latents, dose_response, find_module, intervene
+
+
+ARCHITECTURES = ["llama", "gemma3", "gpt_neox"]
+LAYER = "model.layers.1"
+
+
+def layer_of(arch: str) -> str:
+    return "gpt_neox.layers.1" if arch == "gpt_neox" else LAYER
+
+
+def autoencoder(d_in: int = 32, seed: int = 0, **settings: Any) -> SparseAutoencoder:
+    """An autoencoder that explains only part of its activations, all latents of which can be active."""
+    torch.manual_seed(seed)
+    config = SparseAutoencoderConfig(d_in=d_in, d_sae=48, variant="relu", **settings)
+    sae = SparseAutoencoder(config).eval()
+    with torch.no_grad():
+        sae.W_enc.add_(0.1 * torch.randn_like(sae.W_enc))
+        sae.activation_scale.fill_(1.3)
+    return sae
+
+
+def outputs(model: PreTrainedModel, module: str, ids: Tensor, **kwargs: Any) -> Tensor:
+    with torch.no_grad(), captured(model, module) as seen:
+        model(ids, **kwargs)
+    return seen[0]
+
+
+def greedy(model: PreTrainedModel, ids: Tensor, **kwargs: Any) -> Tensor:
+    kwargs = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0} | kwargs
+    return model.generate(ids, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def llama() -> PreTrainedModel:
+    return tiny_model("llama")
+
+
+IDS = tokens(2, 7)
+# Strong enough to change what the tiny models say.
+LOUD = Edit([3, 11, 20], "add", 40.0)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "edit",
+    [
+        Edit([2, 9], "scale", 3.0),
+        Edit(9, "clamp", 5.0),
+        Edit([2, 9], "add", -1.5),
+        Edit([2, 9], "ablate"),
+        Edit([2, 9], "patch", torch.rand(5, 2)),
+        Edit([2, 9], "patch", torch.rand(2, 7, 2)),
+    ],
+    ids=lambda edit: edit.mode if isinstance(edit, Edit) else None,
+)
+def test_an_edit_adds_the_decoded_change_and_leaves_the_error(arch: str, edit: Edit) -> None:
+    model, sae, layer = tiny_model(arch), autoencoder(), layer_of(arch)
+    before = outputs(model, layer, IDS)
+    f = sae.encode(before)
+    g = f.clone()
+    for column, latent in enumerate(edit.indices):
+        if edit.mode == "patch":
+            value = edit.value if edit.value.dim() == 3 else edit.value[None].expand(2, -1, -1)
+            g[:, : value.shape[1], latent] = value[:, :7, column]
+        else:
+            old = f[..., latent]
+            value = 0.0 if edit.value is None else edit.value
+            by_mode = {"scale": old * value, "clamp": 0 * old + value, "add": old + value, "ablate": 0 * old}
+            g[..., latent] = by_mode[edit.mode]
+    with intervene(model, layer, sae, edit):
+        after = outputs(model, layer, IDS)
+    torch.testing.assert_close(after, before + sae.decode(g) - sae.decode(f), rtol=1e-4, atol=1e-4)
+    assert not torch.equal(after, before)
+    with intervene(model, layer, sae, edit, keep_error=False):
+        torch.testing.assert_close(outputs(model, layer, IDS), sae.decode(g), rtol=1e-4, atol=1e-4)
+    assert torch.equal(outputs(model, layer, IDS), before)
+
+
+def test_an_edit_that_changes_nothing_leaves_every_logit_as_it_is(llama: PreTrainedModel) -> None:
+    with torch.no_grad():
+        plain = llama(IDS).logits
+        with intervene(llama, LAYER, autoencoder(), Edit([1, 2], "scale", 1.0)):
+            assert torch.equal(llama(IDS).logits, plain)
+        with intervene(llama, LAYER, autoencoder(), LOUD, positions=[]):
+            assert torch.equal(llama(IDS).logits, plain)
+
+
+def test_edits_are_applied_in_their_order(llama: PreTrainedModel) -> None:
+    sae = autoencoder()
+    both = [Edit([4], "clamp", 2.0), Edit([4, 5], "scale", 3.0)]
+    with intervene(llama, LAYER, sae, both):
+        together = outputs(llama, LAYER, IDS)
+    with intervene(llama, LAYER, sae, [Edit([4], "clamp", 6.0), Edit(5, "scale", 3.0)]):
+        torch.testing.assert_close(outputs(llama, LAYER, IDS), together)
+
+
+@pytest.mark.parametrize(
+    ("positions", "changed"),
+    [
+        ("all", range(7)),
+        ("prompt", range(7)),
+        ("generated", []),
+        ([2, 5], [2, 5]),
+        ([-1], [6]),
+        (torch.tensor([[0, 1, 0, 0, 0, 0, 1]] * 2).bool(), [1, 6]),
+    ],
+)
+def test_only_the_chosen_positions_are_edited(llama: PreTrainedModel, positions: Any, changed: Any) -> None:
+    before = outputs(llama, LAYER, IDS)
+    with intervene(llama, LAYER, autoencoder(), LOUD, positions=positions):
+        after = outputs(llama, LAYER, IDS)
+    differs = (before != after).any(-1)
+    assert differs.tolist() == [[column in changed for column in range(7)]] * 2
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("positions", ["all", "prompt", "generated", [-1], [3, 8]])
+def test_generation_says_the_same_with_and_without_a_cache(arch: str, positions: Any) -> None:
+    model, sae, layer = tiny_model(arch), autoencoder(), layer_of(arch)
+    plain = greedy(model, IDS)
+    with intervene(model, layer, sae, LOUD, positions=positions):
+        cached, uncached = greedy(model, IDS), greedy(model, IDS, use_cache=False)
+    assert torch.equal(cached, uncached)
+    assert not torch.equal(cached, plain)
+    assert torch.equal(greedy(model, IDS), plain)
+
+
+def test_generation_is_a_loop_of_edited_forward_passes(llama: PreTrainedModel) -> None:
+    sae, ids = autoencoder(), IDS
+    with intervene(llama, LAYER, sae, LOUD), torch.no_grad():
+        said = greedy(llama, IDS)
+        for _ in range(8):
+            ids = torch.cat([ids, llama(ids).logits[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(said, ids)
+
+
+@pytest.mark.parametrize("kind", ["static", "chunked", "left_padded", "beams", "several", "lookup"])
+def test_every_way_to_generate_is_edited_alike(llama: PreTrainedModel, kind: str) -> None:
+    sae, ids = autoencoder(), IDS
+    settings: dict[str, Any] = {
+        "static": {"cache_implementation": "static"},
+        "chunked": {"prefill_chunk_size": 3},
+        "beams": {"num_beams": 3},
+        "several": {"num_return_sequences": 2, "num_beams": 2},
+        "lookup": {"prompt_lookup_num_tokens": 3},
+    }.get(kind, {})
+    if kind == "left_padded":
+        ids = torch.nn.functional.pad(IDS, (2, 0))
+        settings = {"attention_mask": (torch.arange(9) >= 2).long().expand(2, -1)}
+    if kind == "lookup":
+        ids = IDS[:1]
+    other = settings | {"use_cache": False} if kind in ("beams", "several", "left_padded") else {}
+    with intervene(llama, LAYER, sae, LOUD, positions="all", prompt_length=ids.shape[1]):
+        assert torch.equal(greedy(llama, ids, **settings), greedy(llama, ids, **other))
+
+
+def test_padding_is_counted_as_columns_and_changes_no_other_row(llama: PreTrainedModel) -> None:
+    sae = autoencoder()
+    plain, other = greedy(llama, IDS), greedy(llama, IDS[1:])
+    with intervene(llama, LAYER, sae, LOUD, rows=[0]):
+        edited = greedy(llama, IDS)
+    refused = pytest.raises(ValueError, match=r"rows=\[5\] were named, but the batch has rows 0 to 1")
+    with refused, intervene(llama, LAYER, sae, LOUD, rows=[5]):
+        greedy(llama, IDS)
+    assert torch.equal(edited[1:], other) and not torch.equal(edited[0], plain[0])
+    # Every row of a batch of prompts keeps its own prompt.
+    with intervene(llama, LAYER, sae, LOUD):
+        together = greedy(llama, IDS)
+        alone = torch.cat([greedy(llama, IDS[row : row + 1]) for row in range(2)])
+    assert torch.equal(together, alone) and torch.equal(together[:, :7], IDS)
+
+
+def test_rows_and_masks_follow_the_copies_that_beams_make(llama: PreTrainedModel) -> None:
+    sae = autoencoder()
+    mask = torch.zeros(2, 7, dtype=torch.bool)
+    mask[0] = True
+    plain = greedy(llama, IDS, num_beams=3)
+    with intervene(llama, LAYER, sae, LOUD, positions=mask):
+        edited = greedy(llama, IDS, num_beams=3)
+    assert torch.equal(edited[1], plain[1]) and not torch.equal(edited[0], plain[0])
+
+
+def test_a_new_prompt_begins_a_new_text_and_a_filled_cache_goes_on(llama: PreTrainedModel) -> None:
+    sae = autoencoder()
+    with intervene(llama, LAYER, sae, LOUD, positions=[-1]), torch.no_grad():
+        first, second = outputs(llama, LAYER, IDS), outputs(llama, LAYER, IDS[:, :4])
+        cache = DynamicCache(config=llama.config)
+        llama(IDS[:, :5], past_key_values=cache)
+        later = llama(IDS[:, 5:], past_key_values=cache).logits
+    plain = outputs(llama, LAYER, IDS)
+    assert (first != plain).any(-1)[0].tolist() == [False] * 6 + [True]
+    assert (second != plain[:, :4]).any(-1)[0].tolist() == [False] * 3 + [True]
+    edited = torch.zeros(2, 7, dtype=torch.bool)
+    edited[:, 4] = True
+    with intervene(llama, LAYER, sae, LOUD, positions=edited), torch.no_grad():
+        torch.testing.assert_close(later, llama(IDS).logits[:, 5:], rtol=1e-4, atol=1e-4)
+
+
+def test_skipped_positions_are_never_edited(llama: PreTrainedModel) -> None:
+    before = outputs(llama, LAYER, IDS)
+    with intervene(llama, LAYER, autoencoder(skip_positions=2), LOUD):
+        after = outputs(llama, LAYER, IDS)
+    assert (before != after).any(-1)[0].tolist() == [False] * 2 + [True] * 5
+
+
+def test_modules_that_return_tuples_and_a_half_precision_model_are_edited() -> None:
+    model = tiny_model("llama").bfloat16()
+    for module in ("model.layers.1.self_attn", "model.layers.1.mlp", "model.embed_tokens"):
+        before = outputs(model, module, IDS)
+        with intervene(model, module, autoencoder(), LOUD):
+            after = outputs(model, module, IDS)
+        assert after.dtype == torch.bfloat16 and not torch.equal(after, before)
+
+
+def test_gradients_pass_through_an_intervention(llama: PreTrainedModel) -> None:
+    embeds = llama.get_input_embeddings()(IDS).detach().requires_grad_()
+    with intervene(llama, LAYER, autoencoder(), Edit([3], "scale", 2.0)):
+        llama(inputs_embeds=embeds).logits.sum().backward()
+    assert embeds.grad is not None and bool(embeds.grad.abs().sum() > 0)
+
+
+@pytest.mark.parametrize("subject", subjects("llama", ["default"]), ids=str)
+def test_what_a_memory_reads_can_be_edited(subject: Any) -> None:
+    model = subject.model()
+    name = "model.layers.2.memory_adapter.senri_block.default"
+    memory = remembering(model, rows=2)
+    with torch.no_grad(), memory.read_only(), captured(model, name) as reads:
+        plain = model(input_ids=IDS, past_key_values=memory.snapshot()).logits
+    assert reads[0].shape == (2, 7, 32)
+    sae = autoencoder()
+    with torch.no_grad(), intervene(model, name, sae, LOUD, positions=[2]):
+        edited = model(input_ids=IDS, past_key_values=memory.snapshot()).logits
+    assert torch.equal(edited[:, :2], plain[:, :2]) and not torch.equal(edited[:, 2], plain[:, 2])
+
+
+def test_a_context_manager_leaves_no_hook_behind_even_after_an_error(llama: PreTrainedModel) -> None:
+    def hooks(module: nn.Module) -> int:
+        return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules())
+
+    before = hooks(llama)
+    with pytest.raises(ValueError, match="d_in=5"), intervene(llama, LAYER, autoencoder(5), LOUD):
+        llama(IDS)
+    assert hooks(llama) == before
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: Edit(0, "amplify", 2.0), "mode='amplify'.*'scale'"),
+        (lambda: Edit(0, "scale"), "needs a number as value, not None"),
+        (lambda: Edit(0, "ablate", 1.0), "takes no value"),
+        (lambda: Edit(0, "patch", 1.0), "needs a tensor"),
+        (lambda: Edit([0, 1], "patch", torch.rand(3, 1)), "values for 1 latents, but 2 are named"),
+    ],
+)
+def test_an_edit_of_no_use_is_refused(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("module", "edit", "settings", "message"),
+    [
+        ("model.layers.9", LOUD, {}, r"no module 'model.layers.9'. Similar ones: model.layers"),
+        (None, LOUD, {}, "does not know its own"),
+        (LAYER, Edit(48, "ablate"), {}, "Latent 48 was named, but the autoencoder has latents 0 to 47"),
+        (LAYER, LOUD, {"positions": "last"}, "positions='last'"),
+        (LAYER, LOUD, {"positions": torch.ones(2, 7)}, "a bool tensor"),
+    ],
+)
+def test_an_intervention_of_no_use_is_refused(
+    llama: PreTrainedModel, module: Any, edit: Edit, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message), intervene(llama, module, autoencoder(), edit, **settings):
+        pass
+
+
+def test_modules_are_found_with_and_without_pefts_prefix() -> None:
+    model = subjects("llama", ["default"])[0].model()
+    assert find_module(model, LAYER) is find_module(model, f"base_model.model.{LAYER}")
+    module = find_module(model, LAYER)
+    assert find_module(model, module) is module
+
+
+def test_controls_are_living_latents_that_are_active_about_as_often() -> None:
+    density = torch.cat([torch.zeros(20), torch.linspace(0.001, 0.01, 50), torch.linspace(0.3, 0.9, 30)])
+    groups = control_latents(density, [25, 80], 8, seed=1, exclude=[81])
+    assert len(groups) == 8 and len({tuple(group) for group in groups}) > 1
+    for rare, common in groups:
+        assert 20 <= rare < 70 and 70 <= common < 100
+        assert not {rare, common} & {25, 80, 81}
+    with pytest.raises(ValueError, match="0 other latents are alive"):
+        control_latents(torch.tensor([1.0, 0.0]), [0], 1)
+
+
+def test_a_dose_response_says_what_doses_do_beside_random_latents(llama: PreTrainedModel) -> None:
+    sae = autoencoder()
+
+    @torch.no_grad()
+    def shift() -> float:
+        return float((outputs(llama, LAYER, IDS) - base).norm())
+
+    base = outputs(llama, LAYER, IDS)
+    density = (sae.encode(base) > 0).float().mean((0, 1))
+    latents = {"strong": density.topk(2).indices.tolist()}
+    found = dose_response(llama, LAYER, sae, latents, shift, [1.0, 3.0, 9.0], controls=4, density=density)
+    values = found["groups"]["strong"]["values"]
+    assert found["base"] == 0 and values[0] == 0 and 0 < values[1] < values[2]
+    assert values[2] == pytest.approx(4 * values[1], rel=1e-3)
+    assert len(found["groups"]["strong"]["controls"]) == 4
+    with pytest.raises(ValueError, match="controls=0"):
+        dose_response(llama, LAYER, sae, latents, shift, [1.0], controls=0, density=density)

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from . import chat, evaluate, generate, memory, merge, train
+from . import chat, evaluate, generate, memory, merge, sae, train
 
 
 EXPECTED_ERROR = 2
@@ -17,7 +17,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="senri-hf", description="Memory that lasts, for Hugging Face models.")
     parser.add_argument("--version", action="version", version=f"senri_hf {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (train, evaluate, generate, merge, chat, memory):
+    for command in (train, evaluate, generate, merge, chat, memory, sae):
         command.add_parser(commands)
     return parser
 

@@ -1,13 +1,43 @@
-"""Looking into models: sparse autoencoders, hooks, interventions, metrics and plots."""
+"""Looking into models: sparse autoencoders, hooks, interventions, metrics and plots.
 
-from .activations import ActivationStream, memory_slots, module_activations
-from .hooks import captured, find_module
-from .intervention import Edit, control_latents, dose_response, intervene
-from .metrics import prediction_metrics, reconstruction_metrics
-from .saelens import export_saelens, import_saelens
-from .sparse_autoencoder import SparseAutoencoder, SparseAutoencoderOutput
-from .trainer import SparseAutoencoderTrainer, SparseAutoencoderTrainingArguments
+Names are imported when they are asked for: transformers' Auto classes import the autoencoder's class while transformers
+itself is half imported, and must not reach the trainer then.
+"""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
+
+_MODULES = {
+    "ActivationStream": ".activations",
+    "Edit": ".intervention",
+    "SparseAutoencoder": ".sparse_autoencoder",
+    "SparseAutoencoderOutput": ".sparse_autoencoder",
+    "SparseAutoencoderTrainer": ".trainer",
+    "SparseAutoencoderTrainingArguments": ".trainer",
+    "captured": ".hooks",
+    "control_latents": ".intervention",
+    "dose_response": ".intervention",
+    "export_saelens": ".saelens",
+    "find_module": ".hooks",
+    "import_saelens": ".saelens",
+    "intervene": ".intervention",
+    "memory_slots": ".activations",
+    "module_activations": ".activations",
+    "prediction_metrics": ".metrics",
+    "reconstruction_metrics": ".metrics",
+    "top_contexts": ".contexts",
+}
+
+if TYPE_CHECKING:
+    from .activations import ActivationStream, memory_slots, module_activations
+    from .contexts import top_contexts
+    from .hooks import captured, find_module
+    from .intervention import Edit, control_latents, dose_response, intervene
+    from .metrics import prediction_metrics, reconstruction_metrics
+    from .saelens import export_saelens, import_saelens
+    from .sparse_autoencoder import SparseAutoencoder, SparseAutoencoderOutput
+    from .trainer import SparseAutoencoderTrainer, SparseAutoencoderTrainingArguments
 
 __all__ = [
     "ActivationStream",
@@ -27,4 +57,13 @@ __all__ = [
     "module_activations",
     "prediction_metrics",
     "reconstruction_metrics",
+    "top_contexts",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_MODULES[name], __name__), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,252 @@
+"""`senri-hf sae`: train a sparse autoencoder on a model's layer, measure it, read its latents, exchange it."""
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..configuration.sparse_autoencoder import VARIANTS
+
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+# Of every so many pieces of text one is kept from training, to measure on.
+HELD_OUT_EVERY = 10
+MEASURED_PIECES = 32
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add `sae` and its actions to the command line."""
+    parser = commands.add_parser("sae", help="sparse autoencoders of a model's activations")
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
+
+    train = actions.add_parser("train", help="train one on real text")
+    add_text(train)
+    add = train.add_argument
+    add("--module", required=True, help="module whose output it is for, such as model.layers.8")
+    add("--output", type=Path, required=True, help="folder to write")
+    add("--variant", choices=VARIANTS, default="batchtopk")
+    add("--expansion-factor", type=float, default=8)
+    add("--k", type=int, default=32, help="active latents, for topk and batchtopk")
+    add("--sparsity-coefficient", type=float, default=1.0, help="penalty, for relu, jumprelu and gated")
+    add("--skip-positions", type=int, default=1, help="first tokens of a piece that it is not for: attention sinks")
+    add("--steps", type=int, default=1000)
+    add("--batch-size", type=int, default=2048, help="activations of a step")
+    add("--buffer-size", type=int, default=200_000, help="activations held in memory to be shuffled")
+    add("--reuse", type=int, default=4, help="how often each activation is used before the text is read on")
+    add("--lr", type=float, default=1e-3)
+    add("--seed", type=int, default=0)
+    add("--save-every", type=int, default=200, help="steps between checkpoints")
+    add("--resume", action="store_true", help="go on at the last checkpoint in the folder, if there is one")
+    train.set_defaults(run=run_train)
+
+    measure = actions.add_parser("evaluate", help="measure one on text that training did not see")
+    measure.add_argument("sae", type=Path, help="its folder")
+    add_text(measure)
+    measure.add_argument("--output", type=Path, help="JSON file to write")
+    measure.set_defaults(run=run_evaluate)
+
+    contexts = actions.add_parser("contexts", help="show where latents are most active")
+    contexts.add_argument("sae", type=Path, help="its folder")
+    add_text(contexts)
+    contexts.add_argument("--latents", type=int, nargs="*", help="which; a sample of the living ones when not said")
+    contexts.add_argument("--count", type=int, default=20, help="latents in the sample")
+    contexts.add_argument("--top", type=int, default=5, help="contexts of each")
+    contexts.add_argument("--output", type=Path, help="JSON file to write")
+    contexts.set_defaults(run=run_contexts)
+
+    for name, what in (("export", "write one in SAELens' format"), ("import", "read one in SAELens' format")):
+        exchange = actions.add_parser(name, help=what)
+        exchange.add_argument("source", type=Path)
+        exchange.add_argument("target", type=Path)
+        exchange.set_defaults(run=run_export if name == "export" else run_import)
+
+
+def add_text(parser: argparse.ArgumentParser) -> None:
+    """The arguments that say which model reads which text."""
+    add = parser.add_argument
+    add("--model", default="smollm2-135m-instruct", help="a base model by name, a folder, or a Hub id")
+    add("--dtype", default="float32", choices=("float32", "bfloat16"))
+    add("--text", nargs="*", default=["doctor-moreau", "dubliners", "heart-of-darkness", "brother-jacob"],
+        help="names of senri_hf.tasks.text, or text files")  # fmt: skip
+    add("--piece", type=int, default=256, help="tokens that are read together")
+    add("--rows", type=int, default=8, help="pieces in a batch")
+
+
+def pieces(arguments: argparse.Namespace, tokenizer: Any) -> "tuple[list[Tensor], list[Tensor]]":
+    """Pieces of text [piece] to train on, and those kept from it."""
+    import torch
+
+    from ..tasks.text import TEXT_SOURCES, ordinary_text
+
+    training: list[Tensor] = []
+    kept: list[Tensor] = []
+    for source in arguments.text:
+        if source in TEXT_SOURCES:
+            text = "\n\n".join(ordinary_text(source))
+        elif Path(source).is_file():
+            text = Path(source).read_text(encoding="utf-8")
+        else:
+            raise ValueError(f"--text {source!r} is neither a file nor one of {', '.join(TEXT_SOURCES)}")
+        ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        for index, piece in enumerate(ids.split(arguments.piece)):
+            if len(piece) == arguments.piece:
+                (kept if index % HELD_OUT_EVERY == HELD_OUT_EVERY - 1 else training).append(piece)
+    if not kept:
+        raise ValueError(f"The text is shorter than {HELD_OUT_EVERY} pieces of {arguments.piece} tokens")
+    return training, kept
+
+
+def batches(of: "list[Tensor]", rows: int) -> "list[dict[str, Tensor]]":
+    """Pieces as arguments of a model."""
+    import torch
+
+    return [{"input_ids": torch.stack(of[start : start + rows])} for start in range(0, len(of), rows)]
+
+
+def load(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """The model and its tokenizer."""
+    from ..bases import load_base
+
+    return load_base(arguments.model, dtype=arguments.dtype)
+
+
+def run_train(arguments: argparse.Namespace) -> int:
+    """Train an autoencoder; an interrupted run goes on with `--resume`."""
+    import torch
+    from transformers import set_seed
+    from transformers.trainer_utils import get_last_checkpoint
+
+    from ..configuration.sparse_autoencoder import SparseAutoencoderConfig
+    from ..interpretability import (
+        ActivationStream,
+        SparseAutoencoder,
+        SparseAutoencoderTrainer,
+        SparseAutoencoderTrainingArguments,
+        module_activations,
+    )
+
+    model, tokenizer = load(arguments)
+    set_seed(arguments.seed)
+    training, _ = pieces(arguments, tokenizer)
+    order = torch.randperm(len(training), generator=torch.Generator().manual_seed(arguments.seed))
+    shuffled = batches([training[index] for index in order.tolist()], arguments.rows)
+
+    def source(start: int) -> "Iterator[Tensor]":
+        skip = arguments.skip_positions
+        return module_activations(model, arguments.module, shuffled, skip_positions=skip, start=start)
+
+    stream = ActivationStream(source, arguments.batch_size, arguments.buffer_size, arguments.reuse, arguments.seed)
+    config = SparseAutoencoderConfig(
+        d_in=next(iter(source(0))).shape[-1],
+        expansion_factor=arguments.expansion_factor,
+        variant=arguments.variant,
+        k=arguments.k,
+        sparsity_coefficient=arguments.sparsity_coefficient,
+        skip_positions=arguments.skip_positions,
+        model_name=arguments.model,
+        hook_name=arguments.module,
+    )
+    settings = SparseAutoencoderTrainingArguments(
+        output_dir=str(arguments.output),
+        max_steps=arguments.steps,
+        learning_rate=arguments.lr,
+        lr_scheduler_type="cosine",
+        warmup_steps=arguments.steps // 20,
+        sparsity_warmup_steps=arguments.steps // 10,
+        logging_steps=max(1, arguments.steps // 50),
+        save_steps=arguments.save_every,
+        save_total_limit=1,
+        report_to="none",
+        dataloader_pin_memory=False,
+        seed=arguments.seed,
+    )
+    trainer = SparseAutoencoderTrainer(SparseAutoencoder(config), settings, stream)
+    last = get_last_checkpoint(str(arguments.output)) if arguments.resume and arguments.output.is_dir() else None
+    trainer.train(resume_from_checkpoint=last)
+    trainer.save_model()
+    write(arguments.output / "training.json", trainer.state.log_history)
+    print(f"{arguments.output}")
+    return 0
+
+
+def run_evaluate(arguments: argparse.Namespace) -> int:
+    """Measure an autoencoder on held-out pieces."""
+    from ..interpretability import SparseAutoencoder, module_activations, prediction_metrics, reconstruction_metrics
+
+    sae = SparseAutoencoder.from_pretrained(arguments.sae).eval()
+    model, tokenizer = load(arguments)
+    kept = pieces(arguments, tokenizer)[1]
+    held_out = batches(kept, arguments.rows)
+    place, skip = hook_name(sae), sae.config.skip_positions
+    found = reconstruction_metrics(sae, module_activations(model, place, held_out, skip_positions=skip))
+    density = found.pop("density")
+    found |= prediction_metrics(model, place, sae, batches(kept[:MEASURED_PIECES], arguments.rows))
+    found["density"] = density.tolist()
+    if arguments.output:
+        write(arguments.output, found)
+    for name, value in found.items():
+        if name != "density":
+            print(f"{name:26s} {value:,.4f}" if isinstance(value, float) else f"{name:26s} {value:,}")
+    return 0
+
+
+def run_contexts(arguments: argparse.Namespace) -> int:
+    """Show the text around the tokens at which latents are most active."""
+    from ..interpretability import SparseAutoencoder, top_contexts
+
+    sae = SparseAutoencoder.from_pretrained(arguments.sae).eval()
+    model, tokenizer = load(arguments)
+    training, kept = pieces(arguments, tokenizer)
+    shown = top_contexts(
+        model,
+        tokenizer,
+        hook_name(sae),
+        sae,
+        batches(training + kept, arguments.rows),
+        latents=arguments.latents,
+        count=arguments.count,
+        top=arguments.top,
+    )
+    if arguments.output:
+        write(arguments.output, shown)
+    for entry in shown:
+        print(f"latent {entry['latent']}, active at {100 * entry['density']:.2f}% of tokens")
+        for context in entry["contexts"]:
+            print(f"  {context['value']:7.2f}  {context['before']}[[{context['token']}]]{context['after']}")
+    return 0
+
+
+def hook_name(sae: Any) -> str:
+    """The module that an autoencoder is for."""
+    if sae.config.hook_name is None:
+        raise ValueError("The autoencoder does not say which module it is for (config.hook_name is None)")
+    return str(sae.config.hook_name)
+
+
+def run_export(arguments: argparse.Namespace) -> int:
+    """Write an autoencoder in SAELens' format."""
+    from ..interpretability import SparseAutoencoder, export_saelens
+
+    print(export_saelens(SparseAutoencoder.from_pretrained(arguments.source), arguments.target))
+    return 0
+
+
+def run_import(arguments: argparse.Namespace) -> int:
+    """Read an autoencoder in SAELens' format and write it in ours."""
+    from ..interpretability import import_saelens
+
+    import_saelens(arguments.source).save_pretrained(arguments.target)
+    print(arguments.target)
+    return 0
+
+
+def write(path: Path, found: Any) -> None:
+    """Write JSON, under another name first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    scratch.replace(path)

@@ -1,0 +1,95 @@
+"""Where latents are active, as text that a person can read."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from .activations import Batch, module_activations, real_positions
+from .sparse_autoencoder import SparseAutoencoder
+
+
+# Tokens shown before and after.
+BEFORE, AFTER = 12, 4
+# Latents that are active more often than this say little by where they are most active.
+DENSE = 0.1
+
+
+@torch.no_grad()
+def top_contexts(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    module: str | nn.Module,
+    sae: SparseAutoencoder,
+    batches: Iterable[Batch],
+    *,
+    latents: Sequence[int] | None = None,
+    count: int = 20,
+    top: int = 5,
+    run: Callable[[Batch], Any] | None = None,
+) -> list[dict[str, Any]]:
+    """The tokens at which latents are most active, with the text around them; at most one of every row.
+
+    Args:
+        latents: Which; when None, `count` of those active at less than a tenth of the tokens, evenly spread over their
+            rank by how often they are.
+        run: As for `module_activations`.
+
+    Returns:
+        For every latent `latent`, `density`, and `contexts` with `value`, `before`, `token`, `after`.
+    """
+    rows: list[Tensor] = []  # ids of the real tokens of every row
+    best, place = torch.empty(0, 0), torch.empty(0, 0, dtype=torch.long)  # [d_sae, top]: value, row and column
+    column = torch.empty(0, 0, dtype=torch.long)
+    active, seen = torch.zeros(sae.W_dec.shape[0]), 0
+    skip = sae.config.skip_positions
+    for batch in batches:
+        (activations,) = module_activations(model, module, [batch], skip_positions=skip, run=run)
+        mask = real_positions(batch, skip)
+        values = sae.encode(activations.to(sae.W_dec.device)).cpu()
+        active += (values > 0).sum(0)
+        seen += len(values)
+        real = real_positions(batch)
+        start = 0
+        for ids, of_row, chosen in zip(batch["input_ids"], real, mask, strict=True):
+            length = int(chosen.sum())
+            rows.append(ids[of_row].cpu())
+            if length:
+                highest, at = values[start : start + length].max(0)
+                new = torch.full((len(highest), 1), len(rows) - 1)
+                first = int(of_row.sum()) - length
+                best, place, column = merged(best, place, column, highest[:, None], new, at[:, None] + first, top)
+            start += length
+    density = active / max(1, seen)
+    if latents is None:
+        living = ((density > 0) & (density < DENSE)).nonzero()[:, 0]
+        ranked = living[density[living].argsort(descending=True)]
+        latents = ranked[torch.linspace(0, max(0, len(ranked) - 1), min(count, len(ranked))).long()].tolist()
+    shown = []
+    for latent in latents:
+        contexts = []
+        for value, row, at in zip(best[latent].tolist(), place[latent].tolist(), column[latent].tolist(), strict=True):
+            if value > 0:
+                ids = rows[row]
+                contexts.append(
+                    {
+                        "value": round(value, 4),
+                        "before": tokenizer.decode(ids[max(0, at - BEFORE) : at]),
+                        "token": tokenizer.decode(ids[at : at + 1]),
+                        "after": tokenizer.decode(ids[at + 1 : at + 1 + AFTER]),
+                    }
+                )
+        shown.append({"latent": int(latent), "density": float(density[latent]), "contexts": contexts})
+    return shown
+
+
+def merged(
+    best: Tensor, place: Tensor, column: Tensor, value: Tensor, row: Tensor, at: Tensor, top: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The `top` largest of what was held and one more, for every latent."""
+    if best.numel():
+        value, row, at = torch.cat([best, value], 1), torch.cat([place, row], 1), torch.cat([column, at], 1)
+    order = value.argsort(dim=1, descending=True)[:, :top]
+    return value.gather(1, order), row.gather(1, order), at.gather(1, order)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import remembering, subjects, tiny_model, tokens
+from models import Subject, remembering, tiny_model, tokens
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
@@ -15,6 +15,7 @@ from senri_hf.interpretability import Edit, captured, control_latents, dose_resp
 
 ARCHITECTURES = ["llama", "gemma3", "gpt_neox"]
 LAYER = "model.layers.1"
+SUBJECT = Subject("llama", "episodic", "default")
 
 
 def layer_of(arch: str) -> str:
@@ -232,9 +233,8 @@ def test_gradients_pass_through_an_intervention(llama: PreTrainedModel) -> None:
     assert embeds.grad is not None and bool(embeds.grad.abs().sum() > 0)
 
 
-@pytest.mark.parametrize("subject", subjects("llama", ["default"]), ids=str)
-def test_what_a_memory_reads_can_be_edited(subject: Any) -> None:
-    model = subject.model()
+def test_what_a_memory_reads_can_be_edited() -> None:
+    model = SUBJECT.model()
     name = "model.layers.2.memory_adapter.senri_block.default"
     memory = remembering(model, rows=2)
     with torch.no_grad(), memory.read_only(), captured(model, name) as reads:
@@ -289,7 +289,7 @@ def test_an_intervention_of_no_use_is_refused(
 
 
 def test_modules_are_found_with_and_without_pefts_prefix() -> None:
-    model = subjects("llama", ["default"])[0].model()
+    model = SUBJECT.model()
     assert find_module(model, LAYER) is find_module(model, f"base_model.model.{LAYER}")
     module = find_module(model, LAYER)
     assert find_module(model, module) is module

@@ -3,7 +3,7 @@
 import contextlib
 import difflib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -34,14 +34,18 @@ def find_module(model: nn.Module, module: str | nn.Module) -> nn.Module:
 
 
 def first_tensor(output: Any) -> Tensor:
-    """The tensor that a module returned, or the first of those that it did.
+    """The tensor that a module returned, or the first of those in a tuple, a list, a dict or a dataclass.
 
     Raises:
         ValueError: when it returned none.
     """
     if isinstance(output, Tensor):
         return output
-    values = output.values() if isinstance(output, dict) else output if isinstance(output, (tuple, list)) else ()
+    values: Any = output if isinstance(output, (tuple, list)) else ()
+    if isinstance(output, dict):
+        values = output.values()
+    elif is_dataclass(output):
+        values = [getattr(output, f.name) for f in fields(output)]
     for value in values:
         if isinstance(value, Tensor):
             return value
@@ -57,6 +61,9 @@ def with_first_tensor(output: Any, tensor: Tensor) -> Any:
         changed = type(output)(**output)
         changed[name] = tensor
         return changed
+    if is_dataclass(output):
+        name = next(f.name for f in fields(output) if isinstance(getattr(output, f.name), Tensor))
+        return replace(output, **{name: tensor})  # type: ignore[type-var]
     index = next(index for index, value in enumerate(output) if isinstance(value, Tensor))
     return type(output)([*output[:index], tensor, *output[index + 1 :]])
 

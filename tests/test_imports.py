@@ -127,7 +127,7 @@ def test_the_auto_classes_know_every_family_in_any_order_of_imports(first: str) 
         f"""
         {first}
         import sys
-        assert not any(name.startswith("senri_hf.modeling") for name in sys.modules)
+        assert not any(name.startswith(("senri_hf.modeling", "senri_hf.interpretability")) for name in sys.modules)
         from transformers import AutoConfig
         from transformers.models.auto import modeling_auto
         from senri_hf.families import FAMILIES, TABLES
@@ -137,7 +137,7 @@ def test_the_auto_classes_know_every_family_in_any_order_of_imports(first: str) 
             for kind in family.models:
                 table = getattr(modeling_auto, TABLES[kind].removesuffix("_NAMES"))
                 assert table[config].__name__ == family.prefix + kind
-                assert table[config].__module__ == "senri_hf.modeling." + family.module
+                assert table[config].__module__ == f"senri_hf.{{family.package}}.{{family.module}}"
         """
     )
     assert result.returncode == 0, result.stderr

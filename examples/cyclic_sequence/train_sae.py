@@ -1,0 +1,151 @@
+"""Train a sparse autoencoder on a layer of the transformer that `train_cyclic.py` trained.
+
+    python examples/cyclic_sequence/train_sae.py
+
+It is trained on the activations of all windows of the sequence (there are no others), or, with `--contexts wrong`, of
+contexts with wrong symbols beside them. It is measured on the windows, and on contexts with wrong symbols that neither
+the transformer nor the autoencoder ever saw.
+
+Writes the autoencoder, `results.json` and figures into `--output`.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from train_cyclic import TRAINED_WRONG, contexts
+from transformers import AutoModelForCausalLM, set_seed
+
+import senri_hf
+from senri_hf.configuration.sparse_autoencoder import VARIANTS
+from senri_hf.interpretability import (
+    ActivationStream,
+    SparseAutoencoderTrainer,
+    SparseAutoencoderTrainingArguments,
+    module_activations,
+    plots,
+    prediction_metrics,
+    reconstruction_metrics,
+)
+from senri_hf.tasks import CyclicSequence
+
+
+ROWS = 90
+
+
+def task_of(model_folder: Path) -> tuple[CyclicSequence, dict[str, Any]]:
+    """The sequence that a model was trained on, and the settings of that training."""
+    settings = json.loads((model_folder / "results.json").read_text())["settings"]
+    return CyclicSequence(settings["symbols"], settings["hold"]), settings
+
+
+def batches(rows: list[list[int]]) -> list[dict[str, torch.Tensor]]:
+    return [{"input_ids": torch.tensor(rows[start : start + ROWS])} for start in range(0, len(rows), ROWS)]
+
+
+def measure(model: Any, module: str, sae: Any, rows: list[list[int]]) -> dict[str, Any]:
+    found = reconstruction_metrics(sae, module_activations(model, module, batches(rows)))
+    found |= prediction_metrics(model, module, sae, batches(rows))
+    found["density"] = found["density"].tolist()
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", type=Path, default=Path("checkpoints/cyclic"), help="folder that train_cyclic.py wrote")
+    add("--layer", type=int, default=1, help="the residual stream after this layer is looked at")
+    add("--contexts", choices=("windows", "wrong"), default="windows")
+    add("--variant", choices=VARIANTS, default="topk")
+    add("--expansion-factor", type=float, default=0.5, help="latents per dimension; 28 things are to be told apart")
+    add("--k", type=int, default=4, help="active latents, for topk and batchtopk")
+    add("--sparsity-coefficient", type=float, default=0.1, help="penalty, for relu, jumprelu and gated")
+    add("--steps", type=int, default=3000)
+    add("--batch-size", type=int, default=360, help="activations of a step")
+    add("--lr", type=float, default=3e-3)
+    add("--seed", type=int, default=0)
+    add("--output", type=Path, default=Path("checkpoints/cyclic-sae"))
+    args = parser.parse_args()
+
+    set_seed(args.seed)
+    model = AutoModelForCausalLM.from_pretrained(args.model).eval()
+    task, settings = task_of(args.model)
+    block, module = settings["block"], f"model.layers.{args.layer}"
+    windows = task.windows(block)
+    training, testing = contexts(task, block, settings["held_out"])
+    rows = windows if args.contexts == "windows" else windows * 20 + [context for context, _ in training]
+    unseen = [context for wrong in TRAINED_WRONG for context in testing[wrong]]
+
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(args.seed)).tolist()
+    mixed = batches([rows[index] for index in order])
+    stream = ActivationStream(
+        lambda start: module_activations(model, module, mixed, start=start),
+        args.batch_size,
+        buffer_size=max(50_000, 2 * args.batch_size),
+        reuse=max(1, args.steps * args.batch_size // (len(rows) * block)),
+        seed=args.seed,
+    )
+    sae = senri_hf.SparseAutoencoder(
+        senri_hf.SparseAutoencoderConfig(
+            d_in=model.config.hidden_size,
+            expansion_factor=args.expansion_factor,
+            variant=args.variant,
+            k=args.k,
+            sparsity_coefficient=args.sparsity_coefficient,
+            bandwidth=0.3,
+            dead_after=20 * len(rows) * block,
+            hook_name=module,
+        )
+    )
+    trainer = SparseAutoencoderTrainer(
+        sae,
+        SparseAutoencoderTrainingArguments(
+            output_dir=str(args.output),
+            max_steps=args.steps,
+            learning_rate=args.lr,
+            lr_scheduler_type="cosine",
+            sparsity_warmup_steps=args.steps // 4,
+            resample_every=max(1, args.steps // 15),
+            find_dead_every=20,
+            logging_steps=max(1, args.steps // 40),
+            save_strategy="no",
+            report_to="none",
+            dataloader_pin_memory=False,
+            disable_tqdm=True,
+            seed=args.seed,
+        ),
+        stream,
+    )
+    trainer.train()
+    sae.eval().save_pretrained(args.output)
+
+    result = {
+        "settings": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
+        "windows": measure(model, module, sae, windows),
+        "unseen": measure(model, module, sae, unseen),
+    }
+    (args.output / "results.json").write_text(json.dumps(result, indent=1) + "\n")
+
+    logged = [entry for entry in trainer.state.log_history if "l0" in entry]
+    plots.training_curves(
+        {"unexplained variance": [(entry["step"], 1 - entry["explained_variance"]) for entry in logged]},
+        args.output / "training.png",
+        y_label="share of variance",
+        log=True,
+    )
+    plots.latent_density({"windows": result["windows"]["density"]}, args.output / "density.png")
+    sequence = task.window(0, task.period + block - 1)
+    in_turn = [sequence[start : start + block] for start in range(task.period)]
+    (activations,) = module_activations(model, module, [{"input_ids": torch.tensor(in_turn)}])
+    latents = sae.encode(activations).detach().view(task.period, block, -1)[:, -1]
+    labels = [str(window[-1]) for window in in_turn]
+    plots.latents_over_cycle(latents, labels, args.output / "cycle.png")
+    for name in ("windows", "unseen"):
+        print(name, {key: value for key, value in result[name].items() if key != "density"})
+    print(f"{args.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -118,11 +118,21 @@ def cyclic_tables(runs: dict[str, Any]) -> list[str]:
             ("kl_recovered", "divergence recovered"),
         ):
             lines.append(row(f"autoencoder, {name}: {what}", lambda f, w=where, k=key: f["sae"][w][k]))
-    for key in ("best_flip_rate", "mean_flip_rate", "random_flip_rate"):
-        lines.append(row(f"interventions: {key.replace('_', ' ')}", lambda f, key=key: f["edit"][key], "{:.1%}"))
+    lines.append(row("phases that the best latent flips", lambda f: f["edit"]["best_flip_rate"], "{:.1%}"))
+    lines.append(row("the same, mean of all latents", lambda f: f["edit"]["mean_flip_rate"], "{:.1%}"))
+    for what, of in (("mean", lambda flips: sum(flips) / len(flips)), ("most", max)):
+        name = f"random latents at the dose at which the best flips most: {what}"
+        lines.append(row(name, lambda f, of=of: of(controls(f["edit"]["dose_response"])), "{:.1%}"))
     figures = [(name, figure) for name, names in FIGURES.items() for figure in names]
     lines += ["", "Figures of seed 0:", ""]
     return lines + [f"![{name} {figure}](symbolic-{name}-{figure})" for name, figure in figures]
+
+
+def controls(response: dict[str, Any]) -> list[float]:
+    """What the random controls of the best latent do at the dose, the lowest, at which it does most."""
+    best = next(iter(response["groups"].values()))
+    dose = best["values"].index(max(best["values"]))
+    return [line[dose] for line in best["controls"]]
 
 
 def store(found: dict[str, Any]) -> None:

@@ -238,14 +238,19 @@ def test_what_makes_no_sense_is_refused(chat: MemoryChat, arguments: dict[str, A
 
 
 def test_memories_that_are_no_chats_are_refused(model: PeftModel, words: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(ValueError, match="holds no memory"):
-        MemoryChat(tiny_model("llama"), words)
     with pytest.raises(ValueError, match="2 rows"):
         MemoryChat(model, words, remembering(model, rows=2))
     memory = MemoryCache.for_model(model)
     read(model, memory, tokens(1, 5)[0].tolist())
     with pytest.raises(ValueError, match="clear_context"):
         MemoryChat(model, words, memory)
+
+
+def test_a_plain_model_remembers_without_training(words: PreTrainedTokenizerFast) -> None:
+    chat = MemoryChat(tiny_model("llama", vocab_size=len(words)), words)
+    chat.say(SAID[0], max_new_tokens=4)
+    chat.new_conversation()
+    assert chat.memory.remembered() and "remembers" in chat.memory.summary()
 
 
 def test_a_context_that_something_else_was_read_into_is_refused(chat: MemoryChat, model: PeftModel) -> None:

@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import difflib
-import shlex
 import signal
 import sys
 import threading
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     from ..chat import MemoryChat
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
+NO_ADAPTER = "none"
 ADAPTERS = Path(__file__).resolve().parents[2] / "examples" / "name_recall" / "adapters"
 
 
@@ -35,7 +35,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )  # fmt: skip
     parser.add_argument(
         "--adapter", metavar="FOLDER",
-        help="memory adapter, a folder or a Hub name (default: the one that comes with a known base model)",
+        help="memory adapter, a folder or a Hub name (default: the one that comes with a known base model; without any, "
+        "as with 'none', the model remembers without training)",
     )  # fmt: skip
     parser.add_argument(
         "--memory", metavar="FOLDER",
@@ -81,16 +82,13 @@ def shipped_adapter(name: str) -> Path | None:
     return folder if name in base_names() and (folder / "adapter_config.json").is_file() else None
 
 
-def find_adapter(name: str, adapter: str | None) -> str:
-    """The adapter to use with a base model; ValueError or OSError that says how to get one where there is none."""
+def find_adapter(name: str, adapter: str | None) -> str | None:
+    """The adapter to use with a base model, None for none; OSError where the one named is not there."""
+    if adapter == NO_ADAPTER:
+        return None
     if adapter is None:
         shipped = shipped_adapter(name)
-        if shipped is None:
-            raise ValueError(
-                f"no memory adapter comes with {name!r} ({ADAPTERS / name} has none), so --adapter must name one. "
-                f"Train one: python examples/name_recall/train.py --model {shlex.quote(name)}"
-            )
-        return str(shipped)
+        return None if shipped is None else str(shipped)
     if Path(adapter).is_dir() and not (Path(adapter) / "adapter_config.json").is_file():
         raise FileNotFoundError(
             f"--adapter {adapter} holds no adapter_config.json: an adapter is a folder that model.save_pretrained wrote"
@@ -98,17 +96,19 @@ def find_adapter(name: str, adapter: str | None) -> str:
     return adapter
 
 
-def load_model(name: str, adapter: str) -> tuple["PreTrainedModel", Any]:
-    """A base model with a memory adapter, and its tokenizer.
+def load_model(name: str, adapter: str | None) -> tuple["PreTrainedModel", Any]:
+    """A base model with a memory adapter, if one is named, and its tokenizer.
 
     Raises:
         OSError, ValueError: when one of them cannot be had, or they do not fit.
     """
-    from peft import PeftModel
-
     from ..bases import load_base
 
     base, tokenizer = load_base(name, progress=sys.stderr.isatty())
+    if adapter is None:
+        return base.eval(), tokenizer
+    from peft import PeftModel
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of PEFT's own doing
         warnings.filterwarnings("error", "Found missing adapter keys", UserWarning)
@@ -132,7 +132,8 @@ def run(arguments: argparse.Namespace) -> int:
     session = Session(
         MemoryChat(model, tokenizer, memory), arguments.max_new_tokens, arguments.temperature, arguments.memory
     )
-    note(f"{arguments.model} with the memory adapter {adapter}. /help lists what can be done.")
+    kind = "without training" if adapter is None else f"with the memory adapter {adapter}"
+    note(f"{arguments.model} remembers {kind}. /help lists what can be done.")
     if arguments.memory is not None and memory is None:
         note(f"There is no memory at {arguments.memory} yet: a new one begins, and /save writes it there.")
     session.run()
@@ -164,7 +165,7 @@ class Session:
         self.stop = threading.Event()
         self.commands: dict[str, tuple[str, str, Callable[[str], None]]] = {
             "/clear": ("", "end this conversation: the context is cleared, the memory stays", self.clear),
-            "/memory": ("", "how full the memory is", self.show_memory),
+            "/memory": ("", "what is remembered, and how full the memory is", self.show_memory),
             "/save": ("PATH", "save the memory as a folder", self.save),
             "/load": ("PATH", "go on with a saved memory, in a new conversation", self.load),
             "/decay": ("N", "end this conversation and let N more pass in which nothing is said", self.decay),

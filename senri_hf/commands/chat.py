@@ -35,8 +35,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )  # fmt: skip
     parser.add_argument(
         "--adapter", metavar="FOLDER",
-        help="memory adapter, a folder or a Hub name (default: the one that comes with a known base model; without any, "
-        "as with 'none', the model remembers without training)",
+        help="memory adapter, a folder or a Hub name (default: the one that comes with a known base model; without "
+        "any, as with 'none', the model remembers without training)",
     )  # fmt: skip
     parser.add_argument(
         "--memory", metavar="FOLDER",

@@ -51,12 +51,20 @@ SMALL = {
     "num_experts": 4,
     "num_local_experts": 4,
     "n_routed_experts": 4,
+    "moe_num_experts": 4,
+    "num_experts_per_tok": 2,
+    "num_experts_per_token": 2,
+    "moe_topk": 2,
+    "moe_top_k": 2,
+    "top_k": 2,
+    "n_group": 1,
+    "topk_group": 1,
 }
 LARGEST = 20_000_000
 
 
 def build(model_type: str) -> torch.nn.Module:
-    """A tiny random model of a type; an error of any kind where these sizes do not make one."""
+    """A tiny random model of a type; an error of any kind where these sizes do not make one that runs."""
     defaults = CONFIG_MAPPING[model_type]()
     text = defaults.get_text_config(decoder=True)
     known = {name: value for name, value in SMALL.items() if hasattr(text, name)}
@@ -70,21 +78,23 @@ def build(model_type: str) -> torch.nn.Module:
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.3)
+    with torch.no_grad():
+        model(input_ids=torch.arange(3, 9)[None], use_cache=True)
     return model
 
 
 def outcome(model_type: str) -> tuple[str, str]:
-    """`served`, `refused` or `not built`, and why."""
+    """`served`, `refused` or `not built with these sizes`, and why."""
     try:
         model = build(model_type)
     except Exception as error:
-        return "not built", f"{type(error).__name__}: {error}".splitlines()[0][:100]
+        return "not built with these sizes", f"{type(error).__name__}: {error}".splitlines()[0][:100]
     try:
         memory = senri_hf.MemoryCache.for_model(model, slots=8)
     except ValueError as error:
-        return "refused", str(error).split("without training: ")[-1].split(". A memory adapter")[0]
-    except Exception as error:
-        return "refused", f"{type(error).__name__}: {error}".splitlines()[0][:100]
+        return "refused", str(error).split("without training: ")[-1].split(". A memory adapter")[0].splitlines()[0][
+            :140
+        ]
     layouts = [layout for layout in memory.attention_memory.layouts if layout is not None]
     turned = {f"{layout.rotated} of {layout.key_size} channels" if layout.rotated else "none" for layout in layouts}
     return "served", "positions: " + ", ".join(sorted(turned))
@@ -97,7 +107,7 @@ def main() -> None:
     args = parser.parse_args()
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
-    found: dict[str, list[str]] = {"served": [], "refused": [], "not built": []}
+    found: dict[str, list[str]] = {"served": [], "refused": [], "not built with these sizes": []}
     for model_type in tqdm(args.types):
         with contextlib.redirect_stdout(io.StringIO()):
             kind, why = outcome(model_type)

@@ -461,7 +461,7 @@ def check_policy() -> None:
     with pytest.raises(ValueError, match=r"8 tokens do not fit into slots=7"):
         kept(said(A), said(B), slots=7, policy="all")
     chance = [
-        kept(said([1.0] * 64, token=torch.arange(64)[None] + 64 * n), slots=16, policy="random") for n in range(3)
+        kept(said([0.0] * 64, token=torch.arange(64)[None] + 64 * n), slots=16, policy="random") for n in range(3)
     ]
     assert all(len(numbers) == 16 for numbers in chance) and chance[0] != chance[1] != chance[2]
     assert all(max(numbers) > 40 and min(numbers) < 24 for numbers in chance)

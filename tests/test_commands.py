@@ -176,7 +176,6 @@ def test_expected_errors_are_told_without_a_traceback(
 ) -> None:
     base, adapter = folders[1], folders[3]
     for arguments, message in (
-        (["--model", base], "train.py --model"),
         (["--model", str(tmp_path / "none"), "--adapter", adapter], "cannot load the base model"),
         (["--model", base, "--adapter", str(tmp_path)], "adapter_config.json"),
         (["--model", base, "--adapter", str(tmp_path / "none")], "adapter_config.json"),
@@ -205,13 +204,14 @@ def test_an_adapter_of_another_model_is_refused(folders: list[str], tmp_path: Pa
 def test_shipped_adapter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(chat_command, "ADAPTERS", tmp_path)
     name = "smollm2-135m-instruct"
-    assert chat_command.shipped_adapter(name) is None
+    assert chat_command.shipped_adapter(name) is None and chat_command.find_adapter(name, None) is None
     for folder in (tmp_path / name, tmp_path / "unknown"):
         folder.mkdir()
         (folder / "adapter_config.json").write_text("{}")
     assert chat_command.shipped_adapter(name) == tmp_path / name
     assert chat_command.shipped_adapter("unknown") is None
     assert chat_command.find_adapter(name, None) == str(tmp_path / name)
+    assert chat_command.find_adapter(name, "none") is None
 
 
 def test_memory_show(saved: Path, folders: list[str], capsys: Output) -> None:

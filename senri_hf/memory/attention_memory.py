@@ -81,10 +81,10 @@ def consolidate(slots: Slots, said: Said, config: AttentionMemoryConfig) -> tupl
     )
     old = pass_cycles(slots, happened.long(), config)
     old = reinforce(old, new, said.same)
-    unknown = written & (said.same < 0) & (new.importance >= config.min_importance)
-    if config.policy in ("recent", "all"):
-        unknown = written
-    else:
+    unknown = written
+    if config.policy == "surprise":
+        unknown = unknown & (said.same < 0) & (new.importance >= config.min_importance)
+    if config.policy in ("surprise", "random"):
         unknown = best_share(unknown, written, score(new, config), config.keep_share)
     joined = replace(
         new,

@@ -46,8 +46,13 @@ def layouts_of(
         NotServedError: naming the model and the reason.
     """
     if model not in _found:
-        with evaluating(model):
-            _found[model] = try_out(model, remembers)
+        try:
+            with evaluating(model):
+                _found[model] = try_out(model, remembers)
+        except NotServedError:
+            raise
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+            raise refusal(model, f"trying it out failed ({type(error).__name__}: {error})") from error
     return _found[model]
 
 

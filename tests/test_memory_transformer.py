@@ -474,3 +474,31 @@ def test_a_trainer_trains_it(kind: str, tmp_path: Path) -> None:
     Trainer(model=model, args=arguments, train_dataset=rows).train()
     for name, tensor in model.state_dict().items():
         assert not torch.equal(tensor, before[name]), f"{name} was not trained"
+
+
+@pytest.mark.parametrize("kind", ["whole_bank", "prefix"])
+def test_a_trainer_evaluates_it_with_metrics(kind: str, tmp_path: Path) -> None:
+    """What routers did is no prediction."""
+    rows = [{"input_ids": row, "labels": row} for row in tokens(4, 12)]
+    arguments = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True, disable_tqdm=True)
+    trainer = Trainer(
+        model=build(**KINDS[kind]),
+        args=arguments,
+        eval_dataset=rows,
+        compute_metrics=lambda prediction: {"shape": float(prediction.predictions.ndim)},
+    )
+    assert trainer.evaluate()["eval_shape"] == 3
+
+
+@pytest.mark.parametrize("kind", ["whole_bank", "prefix", "block_b"])
+def test_mixed_precision_trains(kind: str) -> None:
+    """Under autocast, close to float32, with gradients in the weights' own type."""
+    model, ids = build(**KINDS[kind]).train(), tokens(2, 12)
+    expected = model(ids, labels=ids).loss
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(ids, labels=ids).loss
+    loss.backward()
+    assert abs(loss.item() - expected.item()) < 0.15 * expected.item()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.dtype == torch.float32, name
+        assert parameter.grad.isfinite().all(), name

@@ -40,7 +40,12 @@ class MemoryTransformerConfig(BankConfig, PreTrainedConfig):
     """
 
     model_type = "memory_transformer"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        "past_key_values",
+        "router_loss",
+        "router_entropy",
+        "router_usage",
+    ]
     base_model_tp_plan: ClassVar[dict[str, Any]] = {
         "layers.*.self_attn.q_proj": "colwise",
         "layers.*.self_attn.k_proj": "colwise",

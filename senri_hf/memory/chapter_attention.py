@@ -49,7 +49,7 @@ class Groups:
 
     def tile_size(self, query_heads: int) -> int:
         """Tokens of a tile: about as many as read a chapter."""
-        mean = self.token.numel() // self.chapters.numel()
+        mean = self.token.numel() // max(1, self.chapters.numel())
         wanted = max(mean, -(-LEAST_TILE_ROWS // query_heads))
         return min(1 << (wanted - 1).bit_length(), LARGEST_TILE)
 

@@ -80,7 +80,7 @@ def windowed(values: Tensor, real: Tensor, counts: Tensor, state: RouterState, b
     # conversations of any length.
     sums = torch.cat([state.window, values], dim=1).cumsum(1)
     sums = torch.cat([torch.zeros_like(sums[:, :1]), sums], dim=1)  # [B, 1 + W + T, D]
-    held = torch.cat([torch.ones_like(real[:, :1]).expand(-1, window), real], dim=1).long().cumsum(1)
+    held = torch.cat([real.new_ones(real.shape[0], window), real], dim=1).long().cumsum(1)
     held = torch.cat([torch.zeros_like(held[:, :1]), held], dim=1)  # [B, 1 + W + T] tokens or places of the window
     upto = held[:, window + 1 :].contiguous()
     first = torch.searchsorted(held.contiguous(), (upto - window).contiguous())
@@ -115,7 +115,7 @@ def advance(state: RouterState, x: Tensor, real: Tensor) -> RouterState:
         return state
     # The last W real columns: a stable sort puts padding first.
     tokens = torch.cat([state.window, values], dim=1)
-    kept = torch.cat([torch.ones_like(real[:, :1]).expand(-1, window), real], dim=1)
+    kept = torch.cat([real.new_ones(real.shape[0], window), real], dim=1)
     last = kept.long().argsort(dim=1, stable=True)[:, -window:]
     return replace(state, window=at_columns(tokens, last))
 

@@ -187,7 +187,7 @@ def perturb(model: PeftModel, seed: int = 0) -> PeftModel:
     with torch.no_grad():
         for owner in owners(model):
             for parameter in owner.parameters():  # type: ignore[attr-defined]
-                scale = 0.15 if parameter.dim() < 2 else 0.1 if parameter.any() else 0.5
+                scale = 0.15 if parameter.dim() < 2 or not parameter.any() else 0.1
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
     return model
 

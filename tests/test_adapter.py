@@ -23,6 +23,7 @@ from senri_hf.adapters import MemoryTuner
 from senri_hf.adapters.decoder import attention_weights, find_decoder_layers
 from senri_hf.adapters.episodic import EpisodicAdapterConfig
 from senri_hf.adapters.layer import MemoryAdapterLayer
+from senri_hf.memory.attention_layer import AttentionMemoryLayer
 from senri_hf.memory.decoder import find_decoder
 
 
@@ -570,9 +571,9 @@ def test_heads_that_do_not_divide_the_width_are_refused() -> None:
         get_peft_model(tiny_model("llama"), settings(init="zero", num_heads=5))
 
 
-def test_a_model_without_an_adapter_holds_no_memory() -> None:
-    with pytest.raises(ValueError, match="holds no memory"):
-        MemoryCache.for_model(tiny_model("llama"))
+def test_a_model_without_an_adapter_remembers_without_training() -> None:
+    (layer,) = MemoryCache.for_model(tiny_model("llama")).memory_layers
+    assert isinstance(layer, AttentionMemoryLayer)
 
 
 @every_architecture

@@ -76,10 +76,6 @@ def test_pieces_give_the_logits_of_the_whole(kind: str, pieces: list[int], kind_
     """With transformers' own caches, to which routing state is added, and with ours."""
     model, ids = build(**KINDS[kind]), tokens(2, 90)
     whole = model(ids, use_cache=False).logits
-    if kind_of_cache == "memory" and kind == "vanilla":
-        with pytest.raises(ValueError, match="holds no memory"):
-            MemoryCache.for_model(model)
-        return
     caches = {
         "plain": lambda: DynamicCache(config=model.config),
         "empty": DynamicCache,

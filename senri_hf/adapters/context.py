@@ -20,7 +20,7 @@ class ForwardContext:
     """One forward pass of one model; empty between passes.
 
     Attributes:
-        num_heads: Attention heads of the model; `model`'s output embeddings and `softcap` make logits of hidden states.
+        num_heads: Attention heads of the model; `model` makes logits of hidden states.
         pad_id, end_ids: Tokens that follow a finished row, and those that finish one.
         memory: The cache of this pass, if it is a memory cache.
         ids: [B, T] its token ids, where they were given.
@@ -34,7 +34,6 @@ class ForwardContext:
 
     num_heads: int
     model: PreTrainedModel | None = None
-    softcap: float | None = None
     pad_id: int | None = None
     end_ids: tuple[int, ...] = ()
     memory: MemoryCache | None = None

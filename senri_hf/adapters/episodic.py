@@ -9,13 +9,11 @@ from torch import Tensor, nn
 from ..configuration import EpisodicConfig
 from ..memory import AttentionWeights, EpisodicLayer, EpisodicReader, MemoryLayer
 from ..memory.episodic_layer import Tokens
+from ..memory.surprise import token_surprise
 from .block import MemoryBlock
 from .config import MemoryAdapterConfig
 from .context import ForwardContext
 from .decoder import attention_weights, input_norm, output_scale
-
-
-LOGITS_AT_ONCE = 256
 
 
 @dataclass
@@ -148,13 +146,5 @@ def negative_log_likelihood(context: ForwardContext, hidden: Tensor) -> Tensor:
     before = columns.new_zeros(columns.shape[0], columns.shape[-1])
     source = shift(columns, seen, before, all_real=False)[:, start:]
     known = (seen.long().cumsum(1) - seen.long())[:, start:] > 0
-    # Looked up now: adapters and resizing put other modules there.
-    output_embeddings = context.model.get_output_embeddings()
-    surprise = []
-    for piece, target in zip(source.split(LOGITS_AT_ONCE, 1), ids.split(LOGITS_AT_ONCE, 1), strict=True):
-        logits = output_embeddings(piece).float()
-        if context.softcap is not None:
-            logits = (logits / context.softcap).tanh() * context.softcap
-        surprise.append(logits.logsumexp(-1) - logits.gather(-1, target[..., None])[..., 0])
     memory.note_hidden(hidden, real)
-    return torch.cat(surprise, dim=1).masked_fill(~known, 0.0)
+    return token_surprise(context.model, source, ids).masked_fill(~known, 0.0)

@@ -82,7 +82,6 @@ class MemoryTuner(BaseTuner):
             context = ForwardContext(
                 num_heads=config.num_attention_heads,
                 model=self.model,
-                softcap=getattr(config, "final_logit_softcapping", None),
                 pad_id=config.pad_token_id if pad is None else pad,
                 end_ids=tuple(ends) if isinstance(ends, (list, tuple)) else () if ends is None else (ends,),
             )

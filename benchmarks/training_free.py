@@ -119,7 +119,8 @@ def render(results: dict[str, Any], folder: Path) -> None:
     lines = [
         "# Memory without training: results",
         "",
-        f"Written by `python {Path(__file__).parent.name}/{Path(__file__).name}`.",
+        "Written by `python benchmarks/training_free.py`; `--suites`, `--slots`, `--episodes` and `--seeds` choose what runs,",
+        "here what has a row: rows of 50 episodes are `--episodes 50 --seeds 1`.",
         "",
     ]
     for model, suites in results.items():

@@ -119,8 +119,8 @@ def render(results: dict[str, Any], folder: Path) -> None:
     lines = [
         "# Memory without training: results",
         "",
-        "Written by `python benchmarks/training_free.py`; `--suites`, `--slots`, `--episodes` and `--seeds` choose what",
-        "runs, here what has a row: rows of 50 episodes are `--episodes 50 --seeds 1`.",
+        "Written by `python benchmarks/training_free.py`; `--suites`, `--slots`, `--episodes` and `--seeds` choose",
+        "what runs, here what has a row: rows of 50 episodes are `--episodes 50 --seeds 1`.",
         "",
     ]
     for model, suites in results.items():

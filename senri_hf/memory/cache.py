@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache, StaticLayer
 
 from ..configuration.attention_memory import AttentionMemoryConfig
 from . import file
+from .associative import SLOTS, AssociativeOperations
 from .attention_layer import AttentionMemoryLayer
 from .fingerprint import fingerprint
 from .key_values import KeyValueLayer
@@ -27,7 +28,7 @@ from .words import Remembered, remembered, slots_that_say
 BUILT_IN = "model"
 
 
-class MemoryCache(DynamicCache):
+class MemoryCache(AssociativeOperations, DynamicCache):
     """A cache whose attention layers are transformers' own and whose memory layers outlive the context.
 
     Pass it as `past_key_values`. `clear_context()` ends a conversation: what attention could see is gone, the memory
@@ -93,7 +94,7 @@ class MemoryCache(DynamicCache):
         return memory
 
     @property
-    def memory_layers(self) -> list[MemoryLayer]:
+    def memory_layers(self) -> list[MemoryLayer]:  # type: ignore[override]
         """The layers that outlive the context."""
         return list(self._memory.values())
 
@@ -133,9 +134,18 @@ class MemoryCache(DynamicCache):
                 layer.reset()
         self._clear_recent()
 
-    def reset_memory(self) -> None:
-        """Forget everything: the context and the memory."""
-        self.reset()
+    def reset_memory(self, *, keep_frozen: bool = False) -> None:
+        """Forget everything: the context and the memory.
+
+        Args:
+            keep_frozen: Whether slots that are frozen stay as they are.
+        """
+        if keep_frozen:
+            for layer in self.memory_layers:
+                layer.reset_but_frozen()
+            self._clear_attention()
+        else:
+            self.reset()
 
     def reset(self) -> None:
         super().reset()
@@ -480,6 +490,10 @@ class MemoryCache(DynamicCache):
             OSError: when there is no such memory.
         """
         tensors, description = file.load(pretrained_model_name_or_path, **hub_kwargs)
+        if SLOTS in description:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} holds single slots, no whole memory: use memory.import_slots on one"
+            )
         memory = cls.for_model(model, tokenizer=tokenizer, **description.get("attention_memory", {}))
         file.check_fits(description, memory.description())
         memory.load_state_dict(tensors)

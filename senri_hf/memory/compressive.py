@@ -388,6 +388,12 @@ def read(memory: Tensor, normaliser: Tensor, queries: Tensor, rule: UpdateRule) 
         return Reads(values, match, root(normaliser.square().sum(-1))[..., None].expand_as(match))
 
 
+def read_backwards(memory: Tensor, values: Tensor) -> Tensor:
+    """v Mᵀ: under which keys values [*, T, d_v] are held, [*, T, d_k], in float32."""
+    with torch.autocast(memory.device.type, enabled=False):
+        return values.float() @ memory.transpose(-1, -2)
+
+
 def write_together(
     memory: Tensor, normaliser: Tensor, keys: Tensor, values: Tensor, rule: UpdateRule
 ) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """The cache layer of the compressive mechanism: the memory, what a segment still waits for, and how to go back."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from .compressive_state import Associations, CompressiveState, MemoryShape, advance, look_up, take_in
+from .compressive import read_backwards
+from .compressive_state import Associations, CompressiveState, MemoryShape, advance, by_head, look_up, take_in
 from .layer import ROLLBACK_TOKENS, MemoryLayer
 from .state import RowState, check_tensors
 
@@ -226,6 +227,125 @@ class CompressiveLayer(MemoryLayer):
         self.now = step.now
         self.columns += columns
 
+    # What is done with slots and whole matrices; `AssociativeOperations` says more.
+
+    @property
+    def removes(self) -> bool:
+        """Whether a write depends on what memory holds, so that memories cannot be added up."""
+        return self.shape is None or self.shape.rule.removes
+
+    def check_slots(self, slots: Sequence[int]) -> list[int]:
+        """The slots as a list; ValueError unless each is there, once."""
+        count, chosen = 0 if self.shape is None else self.shape.slots, list(slots)
+        if not chosen or len(set(chosen)) != len(chosen) or not all(type(i) is int and 0 <= i < count for i in chosen):
+            raise ValueError(
+                f"slots={chosen} was given, but layer {self.layer_idx} has slots 0 to {count - 1}, each once"
+            )
+        return chosen
+
+    def freeze(self, slots: list[int], *, frozen: bool) -> None:
+        assert self.now is not None
+        committed = self.now.committed
+        state = self.now.state.freeze(slots, frozen=frozen)
+        if committed is not None:
+            same = committed is self.now.state
+            committed = state if same else committed.freeze(slots, frozen=frozen)
+        # What came before was written by other slots: it cannot be replayed any more.
+        self.now, self.journal = replace(self.now, state=state, committed=committed), None
+
+    def slot_tensors(self, slots: list[int]) -> dict[str, Tensor]:
+        """What slots hold, [B, K, ...] by name, as it would be after `clear_context()`."""
+        assert self.now is not None and self.shape is not None
+        state = self.now.closed(self.shape).detach()
+        return {"memory": state.memory[:, slots], "normaliser": state.normaliser[:, slots]}
+
+    def check_slot_tensors(self, tensors: dict[str, Tensor], count: int) -> None:
+        """ValueError naming what does not fit in what `slot_tensors` gave for `count` slots."""
+        assert self.shape is not None
+        rows = tensors["memory"].shape[0] if "memory" in tensors and tensors["memory"].dim() else 1
+        if self.rows is not None and rows not in (1, self.rows):
+            raise ValueError(f"The slots are of {rows} rows, but this memory holds {self.rows}")
+        shape = replace(self.shape, slots=count)
+        empty = CompressiveState.empty(rows, shape, torch.device("meta"))
+        expected = {"memory": empty.memory, "normaliser": empty.normaliser}
+        check_tensors(tensors, expected, f"layer {self.layer_idx}")
+
+    def put_slots(self, slots: list[int], tensors: dict[str, Tensor], *, freeze: bool) -> None:
+        """Hold in slots what `slot_tensors` gave, already checked."""
+        assert self.shape is not None
+        memory, normaliser = tensors["memory"], tensors["normaliser"]
+        if self.now is None:
+            state = CompressiveState.empty(memory.shape[0], self.shape, memory.device)
+        else:
+            state = self.now.closed(self.shape)
+        device = state.memory.device
+        state = state.put(slots, memory.to(device), normaliser.to(device))
+        self.hold(state.freeze(slots, frozen=True) if freeze else state)
+
+    def hold(self, state: CompressiveState | None) -> None:
+        """Hold a memory, with no conversation open; None for an empty one."""
+        if state is None:
+            self.reset()
+        else:
+            self._begin_with(state)
+
+    def merged(self, other: "CompressiveLayer", base: "CompressiveLayer | None") -> CompressiveState | None:
+        """The memory with what `other` was written with after `base`; see `AssociativeOperations.merge`."""
+        if other.shape != self.shape:
+            raise ValueError(
+                f"The memories of layer {self.layer_idx} do not fit: this one is {self.shape}, the other {other.shape}"
+            )
+        if other.now is None or self.shape is None:
+            return None if self.now is None else self.now.state
+        theirs = other.now.closed(self.shape)
+        if self.now is None:
+            ours = CompressiveState.empty(theirs.batch_size, self.shape, theirs.memory.device)
+        else:
+            ours = self.now.closed(self.shape)
+        if ours.batch_size != theirs.batch_size:
+            raise ValueError(f"This memory holds {ours.batch_size} row(s), the other one {theirs.batch_size}")
+        device = ours.memory.device
+        if base is None or base.now is None:
+            before = CompressiveState.empty(theirs.batch_size, self.shape, theirs.memory.device)
+        else:
+            before = base.now.closed(self.shape)
+        if not self.removes:
+            written = ~ours.frozen[:, :, None, None]
+            normaliser = (theirs.normaliser - before.normaliser).to(device) * written
+            memory = (theirs.memory - before.memory).to(device) * written[..., None]
+            return replace(
+                ours,
+                memory=ours.memory + memory,
+                normaliser=ours.normaliser + normaliser,
+                tokens=ours.tokens + (theirs.tokens - before.tokens).to(device),
+            )
+        start = other.now.state if other.journal is None else other.journal.older.state
+        if not torch.equal(start.tokens, before.tokens) or not torch.equal(start.memory, before.memory):
+            raise ValueError(
+                f"What the other memory read cannot be written again in layer {self.layer_idx}: the rule "
+                f"{self.shape.rule.name!r} takes away what it finds, so that matrices cannot be added up, and only the "
+                f"last {ROLLBACK_TOKENS} tokens of an open conversation are kept as they were read. Merge before "
+                "clear_context(), after short texts; or hand slots on, with export_slots and import_slots; or use "
+                "the rule 'additive'"
+            )
+        point = Progress.begin(ours.batch_size, self.shape, device, commits=False)
+        point = replace(point, state=ours)
+        for one in () if other.journal is None else (*other.journal.between, *other.journal.since):
+            moved = replace(one, tokens=one.tokens.map(lambda tensor: tensor.to(device)))
+            point = moved.replay(point, self.shape)
+        return point.closed(self.shape)
+
+    def read_reverse(self, values: Tensor) -> Tensor:
+        assert self.now is not None and self.shape is not None
+        state = self.now.closed(self.shape) if self.now.committed is None else self.now.committed
+        expected = [state.batch_size, self.shape.heads, self.shape.value_dim]
+        if values.dim() != 4 or [values.shape[0], *values.shape[2:]] != expected:
+            raise ValueError(
+                f"values of shape {list(values.shape)} were given, but layer {self.layer_idx} holds values of "
+                f"[{expected[0]}, T, {expected[1]}, {expected[2]}]"
+            )
+        return read_backwards(state.memory, by_head(values)).sum(1).transpose(1, 2)
+
     # What the cache asks.
 
     def rollback(self, tokens: int) -> None:
@@ -259,13 +379,23 @@ class CompressiveLayer(MemoryLayer):
         self.journal, self.columns = None, 0
         if self.now is None or self.shape is None:
             return
-        state = self.now.closed(self.shape)
-        blank = not bool(state.tokens.any())
-        tail = torch.zeros_like(self.now.tail)
-        self.now = Progress(state, tail, None, state if self.commits else None, blank)
+        self._begin_with(self.now.closed(self.shape))
+
+    def _begin_with(self, state: CompressiveState) -> None:
+        """Have a conversation begin with this memory."""
+        assert self.shape is not None
+        self.journal, self.columns = None, 0
+        begun = Progress.begin(state.batch_size, self.shape, state.memory.device, commits=self.commits)
+        self.now = replace(begun, state=state, committed=state if self.commits else None, blank=state.is_blank)
 
     def reset(self) -> None:
         self.now, self.journal, self.columns = None, None, 0
+
+    def reset_but_frozen(self) -> None:
+        if self.now is not None and bool(self.now.state.frozen.any()):
+            self._begin_with(self.now.state.keep_frozen())
+        else:
+            self.reset()
 
     def decay(self, cycles: int) -> None:
         """Nothing: this memory forgets by what is written into it, not by time."""
@@ -308,7 +438,7 @@ class CompressiveLayer(MemoryLayer):
         if self.now is None or self.shape is None:
             return {}
         state = self.now.closed(self.shape).detach()
-        return state.tensors() if bool(state.tokens.any()) else {}
+        return {} if state.is_blank else state.tensors()
 
     def check_state_dict(self, tensors: dict[str, Tensor]) -> None:
         if not tensors:
@@ -322,10 +452,7 @@ class CompressiveLayer(MemoryLayer):
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
         self.reset()
         if tensors:
-            assert self.shape is not None
-            state = CompressiveState(**tensors)
-            begun = Progress.begin(state.batch_size, self.shape, state.memory.device, commits=self.commits)
-            self.now = replace(begun, state=state, committed=state if self.commits else None, blank=False)
+            self._begin_with(CompressiveState(**tensors))
 
     @property
     def rows(self) -> int | None:
@@ -352,7 +479,7 @@ class CompressiveLayer(MemoryLayer):
         if self.now is None or self.shape is None:
             return {}
         state = self.now.closed(self.shape)
-        used = state.normaliser.square().sum((-2, -1)) > 0
+        used = state.memory.flatten(2).any(-1)
         return {
             "slots used": used.float().mean().item(),
             "slots frozen": state.frozen.float().mean().item(),

@@ -1,6 +1,7 @@
 """What a compressive memory holds for the rows of a batch: slots, and how tokens are told off to them."""
 
 from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -64,6 +65,38 @@ class CompressiveState(RowState):
         """Bytes of memory and normaliser; counters and flags are not counted."""
         return sum(tensor.numel() * tensor.element_size() for tensor in (self.memory, self.normaliser))
 
+    @property
+    def is_blank(self) -> bool:
+        """Whether nothing was ever written, and no slot imported."""
+        return not bool(self.tokens.any()) and not bool(self.memory.any())
+
+    def freeze(self, slots: list[int], *, frozen: bool) -> Self:
+        """With slots that from now on are only read, or are written again. An open slot that is frozen is closed."""
+        flags = self.frozen.clone()
+        flags[:, slots] = frozen
+        state = replace(self, frozen=flags)
+        here = flags.gather(1, self.slot[:, None])[:, 0]
+        return replace(state, slot=torch.where(here, next_open(state), self.slot), filled=self.filled.where(~here, 0))
+
+    def keep_frozen(self) -> Self:
+        """The frozen slots and a life that begins."""
+        kept = self.frozen[:, :, None, None]
+        state = replace(
+            self,
+            memory=self.memory.where(kept[..., None], 0.0),
+            normaliser=self.normaliser.where(kept, 0.0),
+            slot=torch.zeros_like(self.slot),
+            filled=torch.zeros_like(self.filled),
+            tokens=torch.zeros_like(self.tokens),
+        )
+        return replace(state, slot=next_open(state))
+
+    def put(self, slots: list[int], memory: Tensor, normaliser: Tensor) -> Self:
+        """With memory [B, K, H, d_k, d_v] and normaliser [B, K, H, d_k] in K slots, frozen ones too."""
+        whole, keys = self.memory.clone(), self.normaliser.clone()
+        whole[:, slots], keys[:, slots] = memory, normaliser
+        return replace(self, memory=whole, normaliser=keys)
+
 
 @dataclass(frozen=True)
 class Associations(RowState):
@@ -100,6 +133,18 @@ class Associations(RowState):
         return replace(kept, written=kept.written & there, valid=there, real=self.real[:, -columns:].clone())
 
 
+def opening_order(state: CompressiveState) -> Tensor:
+    """[B, N] the slots in the order in which they are opened, from the open one on; frozen ones last."""
+    slots = state.frozen.shape[1]
+    number = torch.arange(slots, device=state.frozen.device)
+    return ((number - state.slot[:, None]) % slots + slots * state.frozen).argsort(1)
+
+
+def next_open(state: CompressiveState) -> Tensor:
+    """[B] the first slot from the open one on that is not frozen; any where all are."""
+    return opening_order(state)[:, 0]
+
+
 def assign(state: CompressiveState, written: Tensor, shape: MemoryShape) -> tuple[Tensor, CompressiveState]:
     """Which slot takes which token, and the counters after that.
 
@@ -115,8 +160,7 @@ def assign(state: CompressiveState, written: Tensor, shape: MemoryShape) -> tupl
     tokens = state.tokens + count
     if shape.slots == 1:
         return written[:, None], replace(state, tokens=tokens, filled=state.filled + count)
-    # The slots in the order in which they are opened, from the open one on; frozen ones last.
-    order = ((number - state.slot[:, None]) % shape.slots + shape.slots * state.frozen).argsort(1)
+    order = opening_order(state)
     usable = (~state.frozen).sum(1, keepdim=True).clamp_min(1)
     index = state.filled[:, None] + written.cumsum(1) - written.long()
     target = order.gather(1, index // shape.slot_tokens % usable)

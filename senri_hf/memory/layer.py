@@ -115,6 +115,10 @@ class MemoryLayer(DummyLayer):
 
     # What follows from that.
 
+    def reset_but_frozen(self) -> None:
+        """Forget everything but what is frozen, where a mechanism has that."""
+        self.reset()
+
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self.batch_select_indices(beam_idx)
 

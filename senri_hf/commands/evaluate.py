@@ -1,4 +1,4 @@
-"""`senri-hf eval`: the perplexity of a trained model."""
+"""`senri-hf eval`: the perplexity of a trained model, or its scores on tasks of lm-eval."""
 
 import argparse
 import json
@@ -6,19 +6,24 @@ import math
 from pathlib import Path
 from typing import Any
 
+from . import harness
+
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add `eval` to the command line."""
-    parser = commands.add_parser("eval", help="perplexity of a trained model on its evaluation split")
+    parser = commands.add_parser("eval", help="perplexity of a trained model on its evaluation split, or tasks")
     parser.add_argument("--checkpoint", required=True, metavar="FOLDER", help="what train or merge wrote")
     parser.add_argument("--config", metavar="FILE", help="settings; those beside the checkpoint when left out")
     parser.add_argument("--out", metavar="FILE", help="write the figures as JSON too")
+    harness.add_arguments(parser)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings over those of the file")
     parser.set_defaults(run=run_eval)
 
 
 def run_eval(arguments: argparse.Namespace) -> int:
-    """Print loss, perplexity and the number of tokens."""
+    """Print loss, perplexity and the number of tokens; with `--tasks`, their scores."""
+    if arguments.tasks is not None:
+        return report(harness.scores(arguments), arguments.out)
     from ..configuration.run import RunConfig
     from ..training import run as runs
 
@@ -34,9 +39,14 @@ def run_eval(arguments: argparse.Namespace) -> int:
     if split is None:
         raise ValueError("eval_split=null: name the split to evaluate, for example eval_split=test")
     figures = perplexity(run.model, runs.encoded(run, split), runs.collator(run), run.config.training.batch_size)
+    return report(figures, arguments.out)
+
+
+def report(figures: dict[str, Any], out: str | None) -> int:
+    """Print figures, and write them to a file where one is named."""
     print(json.dumps(figures, indent=1))
-    if arguments.out is not None:
-        Path(arguments.out).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    if out is not None:
+        Path(out).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     return 0
 
 

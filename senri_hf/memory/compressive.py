@@ -15,9 +15,12 @@ import torch
 from torch import Tensor
 
 from ..configuration.compressive import UPDATE_RULES, check_choice
+from . import compressive_kernels
 
 
-CHUNK = 64
+CHUNK = 32
+# Chunks of all heads and rows that a processor takes at once: their triangles are 1 MB each.
+CHUNKS_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
@@ -151,7 +154,30 @@ def read_and_write(
             return Reads(values, none, none), memory, normaliser
         if rule.is_clamped:
             return stepwise(memory, normaliser, queries, keys, values, rule)
-        return chunkwise(memory, normaliser, queries, keys, values, rule, strength, log_decay, with_norm, chunk)
+        gates = strength, log_decay
+        if compressive_kernels.serve(keys, values, rule):
+            return by_kernel(memory, normaliser, queries, keys, values, rule, *gates, with_norm, chunk)
+        # Piece by piece, so that what is computed in parallel stays in the processor's cache; all at once elsewhere.
+        length = keys.shape[-2]
+        piece = length if keys.is_cuda else chunk * max(1, CHUNKS_AT_ONCE // max(1, keys[..., 0, 0].numel()))
+        found = []
+        for start in range(0, length, piece):
+            part = slice(start, start + piece)
+            reads, memory, normaliser = chunkwise(
+                memory,
+                normaliser,
+                *(tensor[..., part, :] for tensor in (queries, keys, values)),
+                rule,
+                *(None if gate is None else gate[..., part] for gate in gates),
+                with_norm,
+                chunk,
+            )
+            found.append(reads)
+        if len(found) == 1:
+            return found[0], memory, normaliser
+        norms = torch.cat([reads.norm for reads in found], -1) if with_norm else None  # type: ignore[misc]
+        values, match = torch.cat([reads.values for reads in found], -2), torch.cat([r.match for r in found], -1)
+        return Reads(values, match, norms), memory, normaliser
 
 
 def chunkwise(
@@ -166,7 +192,7 @@ def chunkwise(
     with_norm: bool,
     chunk: int,
 ) -> tuple[Reads, Tensor, Tensor]:
-    """`read_and_write` with one unit-triangular solve per chunk; of all that, only U = A - B M runs chunk by chunk.
+    """`read_and_write` with one unit-triangular inverse per chunk; of all that, only U = A - B M runs chunk by chunk.
 
     In a chunk, with n = k z, b = 1 / n and C[t, s] the product of decays after s and up to the read of t:
 
@@ -177,13 +203,7 @@ def chunkwise(
     """
     length = keys.shape[-2]
     chunk = min(chunk, length)
-    pad = -length % chunk
-
-    def chunks(tensor: Tensor) -> Tensor:
-        """[*, T, d] to [*, N, C, d]."""
-        return torch.nn.functional.pad(tensor, (0, 0, 0, pad)).unflatten(-2, (-1, chunk))
-
-    q, k, v = chunks(queries), chunks(keys), chunks(values)
+    q, k, v = (in_chunks(tensor, chunk) for tensor in (queries, keys, values))
     similar, reading = k @ k.transpose(-1, -2), q @ k.transpose(-1, -2)  # [*, N, C, C]
     q_in, k_in, k_out = q, k, k
     carry: Tensor | None = None  # [*, N, 1, 1] what a chunk leaves of the memory that it finds
@@ -193,7 +213,7 @@ def chunkwise(
             v = v * (1 - rule.decay)
         else:
             assert log_decay is not None
-            logs = chunks(log_decay.float()[..., None])[..., 0]
+            logs = in_chunks(log_decay.float()[..., None], chunk)[..., 0]
         total = logs.cumsum(-1)  # [*, N, C] log of the decay up to and including t
         seen = total if rule.reads_after_write else total - logs
         # After t the exponent can be positive: it is dropped before it can overflow.
@@ -203,57 +223,154 @@ def chunkwise(
         q_in, k_in = q * seen.exp()[..., None], k * seen.exp()[..., None]
         k_out = k * (total[..., -1:] - total).exp()[..., None]
         carry = total[..., -1, None, None].exp()
-    similar = similar.tril(-1)
-    inside = reading.tril(0 if rule.reads_after_write else -1)
+    # What is multiplied by the decays is 0 after t already, and the inverse looks at what is below its diagonal only.
+    inside = reading if rule.name == "gated_delta" else reading.tril(-1)
 
     scale = 1.0 if rule.decay is None else 1 - rule.decay
     found: Normalised | None = None
     if rule.name == "corrected_delta":
-        found = corrected(normaliser, q, k, similar, inside)
+        found = corrected(normaliser, q, k, similar.tril(-1), inside)
     elif rule.is_normalised:
-        found = summed(normaliser, q_in, k_in, k_out * scale, similar * scale, inside * scale, carry)
+        found = summed(normaliser, q_in, k_in, k_out * scale, similar.tril(-1) * scale, inside * scale, carry)
     elif with_norm:
-        plain = (k @ k.transpose(-1, -2)).tril(-1), (q @ k.transpose(-1, -2)).tril(-1)
-        found = summed(normaliser, q, k, k, *plain, None)
+        found = counted(normaliser, q, k)
 
     if rule.name == "gated_delta":
         assert strength is not None
-        removal = chunks(strength.float()[..., None])  # [*, N, C, 1]
+        removal = in_chunks(strength.float()[..., None], chunk)  # [*, N, C, 1]
         v = v * removal
     elif found is not None and rule.removes:
         removal = scale * inverse(found.held, rule.eps)[..., None]
+    new, asks = v, q_in
     if rule.removes:
-        lower = torch.eye(chunk, dtype=k.dtype, device=k.device) + removal * similar if chunk > 1 else None
-        both = torch.cat([v, removal * k_in], dim=-1)
-        if lower is not None:
-            both = torch.linalg.solve_triangular(lower, both, upper=False, unitriangular=True)
-        new, old = both.split([v.shape[-1], k.shape[-1]], dim=-1)
+        new = torch.cat([v, removal * k_in], dim=-1)
+        if chunk > 1:
+            new = unit_inverse(removal * similar) @ new
+        new, old = new.split([v.shape[-1], k.shape[-1]], dim=-1)
+        asks = torch.cat([old, q_in], dim=-2)  # [*, N, 2C, d_k]
+    entering, updates, memory = through_chunks(memory, asks, new if rule.removes else v, k_out, carry)
+    read = inside @ updates + entering
 
-    reads = []
-    for index in range(k.shape[-3]):
-        if rule.removes:
-            held, entering = (torch.cat([old[..., index, :, :], q_in[..., index, :, :]], dim=-2) @ memory).split(
-                chunk, dim=-2
-            )
-            update = new[..., index, :, :] - held
-        else:
-            entering, update = q_in[..., index, :, :] @ memory, v[..., index, :, :]
-        reads.append(entering + inside[..., index, :, :] @ update)
-        added = k_out[..., index, :, :].transpose(-1, -2) @ update
-        memory = added + (memory if carry is None else carry[..., index, :, :] * memory)
-    read = torch.stack(reads, dim=-3)
-
-    if found is None:
-        none = read.new_zeros(read.shape[:-1]).flatten(-2)[..., :length]
-        return Reads(read.flatten(-3, -2)[..., :length, :], none, None), memory, normaliser
     if rule.is_normalised:
+        assert found is not None
         read = read * inverse(found.match, rule.eps)[..., None]
-    norm = norms(normaliser, found, k).flatten(-2)[..., :length] if with_norm else None
-    return (
-        Reads(read.flatten(-3, -2)[..., :length, :], found.match.flatten(-2)[..., :length], norm),
-        memory,
-        found.after,
-    )
+    reads, after = described(read.flatten(-3, -2)[..., :length, :], normaliser, found, k if with_norm else None)
+    return reads, memory, after
+
+
+def unit_inverse(lower: Tensor) -> Tensor:
+    """The inverse of I + tril(lower, -1), [*, C, C]; what stands elsewhere in `lower` is not looked at.
+
+    Solving for the identity and multiplying takes half the time of solving for as many columns as a head has.
+    """
+    identity = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device).expand_as(lower)
+    return torch.linalg.solve_triangular(lower, identity, upper=False, unitriangular=True)
+
+
+def through_chunks(
+    memory: Tensor, asks: Tensor, new: Tensor, keys: Tensor, carry: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The part that runs chunk by chunk: M = (decayed) M + K^T U, with U = A - B M where something is taken away.
+
+    Args:
+        memory: [*, d_k, d_v] before the first chunk.
+        asks: [*, N, C, d_k] queries of the memory that a chunk finds; or [*, N, 2C, d_k], B and then those.
+        new: [*, N, C, d_v] A. keys: [*, N, C, d_k]. carry: [*, N, 1, 1] what is left of a memory; None for all of it.
+
+    Returns:
+        What the queries read [*, N, C, d_v], U [*, N, C, d_v], and the memory after the last chunk.
+    """
+    count, chunk = keys.shape[-3:-1]
+
+    def by_chunk(tensor: Tensor) -> tuple[Tensor, ...]:
+        """N tensors [*, ., .], with one dimension for *."""
+        return tensor.reshape(-1, *tensor.shape[-3:]).unbind(1)
+
+    state, entering, updates = memory.reshape(-1, *memory.shape[-2:]), [], []
+    left = (1.0,) * count if carry is None else by_chunk(carry)
+    for ask, update, key, kept in zip(by_chunk(asks), by_chunk(new), by_chunk(keys), left, strict=True):
+        answers = torch.bmm(ask, state)
+        if ask.shape[-2] > chunk:
+            update = update - answers[:, :chunk]
+            answers = answers[:, chunk:]
+        entering.append(answers)
+        updates.append(update)
+        state = torch.baddbmm(state if carry is None else kept * state, key.transpose(1, 2), update)
+    read, written = (torch.stack(parts, 1).reshape(*keys.shape[:-1], -1) for parts in (entering, updates))
+    return read, written, state.reshape(memory.shape)
+
+
+def in_chunks(tensor: Tensor, chunk: int) -> Tensor:
+    """[*, T, d] to [*, N, C, d], zero after the last token."""
+    pad = -tensor.shape[-2] % chunk
+    padded = torch.nn.functional.pad(tensor, (0, 0, 0, pad)) if pad else tensor
+    return padded.unflatten(-2, (-1, chunk))
+
+
+def described(values: Tensor, normaliser: Tensor, found: Normalised | None, k: Tensor | None) -> tuple[Reads, Tensor]:
+    """Reads from their values [*, T, d_v], and the normaliser after the last token.
+
+    Args:
+        normaliser: [*, d_k] before the first.
+        found: What the normaliser says of the tokens; None with a rule that has none.
+        k: Their keys in chunks [*, N, C, d_k], where `Reads.norm` is wanted.
+    """
+    length = values.shape[-2]
+    if found is None:
+        return Reads(values, values.new_zeros(values.shape[:-1]), None), normaliser
+    norm = None if k is None else norms(normaliser, found, k).flatten(-2)[..., :length]
+    return Reads(values, found.match.flatten(-2)[..., :length], norm), found.after
+
+
+def by_kernel(
+    memory: Tensor,
+    normaliser: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    rule: UpdateRule,
+    strength: Tensor | None,
+    log_decay: Tensor | None,
+    with_norm: bool,
+    chunk: int,
+) -> tuple[Reads, Tensor, Tensor]:
+    """`read_and_write` by a kernel for M = a M + b k^T (v - a k M) that is read after each write.
+
+    The normalised rules are that with b = 1 / n and the value n v, n = k z; they read before the write, and so the
+    kernel gets every query one token early.
+    """
+    length = keys.shape[-2]
+    found: Normalised | None = None
+    if rule.name == "gated_delta":
+        if with_norm:
+            found = counted(normaliser, in_chunks(queries, chunk), in_chunks(keys, chunk))
+        assert strength is not None and log_decay is not None
+        read, memory = compressive_kernels.run(memory, queries, keys, values, strength, log_decay)
+    else:
+        q, k = in_chunks(queries, chunk), in_chunks(keys, chunk)
+        similar, reading = ((part @ k.transpose(-1, -2)).tril(-1) for part in (k, q))
+        if rule.name == "corrected_delta":
+            found = corrected(normaliser, q, k, similar, reading)
+        else:
+            found = summed(normaliser, q, k, k, similar, reading, None)
+        # Where nothing is held there is nothing to take away: any strength will do, if the value fits it.
+        held = found.held.flatten(-2)[..., :length]
+        held = held.where(held > rule.eps, 1.0)
+        early = torch.nn.functional.pad(queries[..., 1:, :], (0, 0, 0, 1))
+        first = queries[..., :1, :] @ memory
+        late, memory = compressive_kernels.run(
+            memory, early, keys, values * held[..., None], 1 / held, torch.zeros_like(held)
+        )
+        read = torch.cat([first, late[..., :-1, :]], dim=-2)
+        read = read * inverse(found.match.flatten(-2)[..., :length], rule.eps)[..., None]
+    reads, after = described(read, normaliser, found, in_chunks(keys, chunk) if with_norm else None)
+    return reads, memory, after
+
+
+def counted(normaliser: Tensor, q: Tensor, k: Tensor) -> Normalised:
+    """The sum of keys, for a rule whose reads are not divided by it: what slots are chosen by."""
+    similar, reading = ((part @ k.transpose(-1, -2)).tril(-1) for part in (k, q))
+    return summed(normaliser, q, k, k, similar, reading, None)
 
 
 def inverse(total: Tensor, eps: float) -> Tensor:

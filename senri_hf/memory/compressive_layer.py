@@ -470,6 +470,13 @@ class CompressiveLayer(MemoryLayer):
         return sum(part.nbytes for part in parts)
 
     @property
+    def nbytes_per_row(self) -> int:
+        """Bytes that a row's memory takes once something is written."""
+        if self.shape is None:
+            return 0
+        return CompressiveState.empty(1, self.shape, torch.device("meta")).nbytes
+
+    @property
     def tokens_seen(self) -> Tensor | None:
         if self.now is None:
             return None

@@ -1,0 +1,161 @@
+"""The card that a model with memory writes beside its weights."""
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi
+from torch import nn
+
+from ..memory import CompressiveLayer
+from ..memory.fingerprint import public_name
+from ..memory.owner import owners
+
+
+README = "README.md"
+
+
+class CardMixin:
+    """Mixin of models: `save_pretrained` writes a card where there is none, `push_to_hub` uploads that.
+
+    Put it before `PreTrainedModel`, whose own `push_to_hub` puts an empty card in the place of any other.
+    """
+
+    config: Any
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """As of every model, with a card. What it is to say of training is given as `card={…}`, see `model_card`."""
+        card = kwargs.pop("card", None)
+        repo_id = kwargs.pop("repo_id", Path(save_directory).name)
+        uploads = kwargs.pop("push_to_hub", False)
+        hub = {name: kwargs.pop(name) for name in ("private", "revision", "commit_message") if name in kwargs}
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        place = Path(save_directory) / README
+        if kwargs.get("is_main_process", True) and (card is not None or not place.exists()):
+            place.write_text(model_card(self, **(card or {})), encoding="utf-8")
+        if uploads:
+            self.push_to_hub(repo_id, token=kwargs.get("token"), card=card, **hub)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload model",
+        card: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> str:
+        """Upload weights, config and card as a repository on the Hub; returns the commit's address.
+
+        Args:
+            card: What the card is to say of training, see `model_card`.
+            kwargs: As for `save_pretrained`.
+        """
+        api = HfApi(token=token)
+        repo = api.create_repo(repo_id, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, card=card, **kwargs)
+            commit = api.upload_folder(
+                repo_id=repo.repo_id, folder_path=folder, revision=revision, commit_message=commit_message
+            )
+        return str(commit)
+
+
+def model_card(
+    model: Any,
+    *,
+    license: str | None = None,
+    training_data: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    results: Mapping[str, float] | None = None,
+) -> str:
+    """The README of a model with memory built in: what it is, how it is loaded, and what it was made with.
+
+    Args:
+        license: Name of its license, as the Hub spells them.
+        training_data: What it was trained on, in a sentence or more.
+        settings: Of the training, by name.
+        results: Measured values by name.
+    """
+    metadata: dict[str, Any] = {"library_name": "transformers", "tags": ["senri_hf", "memory", model.config.model_type]}
+    if license is not None:
+        metadata["license"] = license
+    header = "\n".join(f"{key}: {json.dumps(value)}" for key, value in metadata.items())  # JSON is YAML
+    count = sum(parameter.numel() for parameter in model.parameters())
+    name = public_name(str(getattr(model.config, "_name_or_path", "") or ""))
+    auto = {"ForCausalLM": "AutoModelForCausalLM", "ForSequenceClassification": "AutoModelForSequenceClassification"}
+    loader = next((ours for kind, ours in auto.items() if type(model).__name__.endswith(kind)), "AutoModel")
+    facts = {
+        "class": f"`{type(model).__name__}`",
+        "parameters": f"{count:,}",
+        "layers": ", ".join(layers_in_words(model.config.layer_types)),
+        "hidden size": model.config.hidden_size,
+        "vocabulary": f"{model.config.vocab_size:,}",
+        "bytes of memory a row": f"{memory_bytes(model):,}, however long the text is",
+        "started from": f"`{name}`" if name else None,
+        "license": license,
+    }
+    parts = [
+        f"""---
+{header}
+---
+
+# A {model.config.model_type} model
+
+It has a memory that outlives the context window: what was read in one conversation is there in the next ones.
+
+{table(facts)}
+
+## How to load it
+
+`import senri_hf` (`pip install senri_hf`) comes first: it makes the Auto classes know this kind of model.
+
+```python
+import senri_hf
+from transformers import {loader}
+
+model = {loader}.from_pretrained("this folder or repository")
+memory = senri_hf.MemoryCache.for_model(model)
+
+model(input_ids, past_key_values=memory)  # reads and writes
+memory.clear_context()  # the conversation is gone, the memory stays
+```
+"""
+    ]
+    for index, layer in enumerate(getattr(model.config, "layers", None) or []):
+        settings_of = {f"`{key}`": f"`{value!r}`" for key, value in layer.items() if key != "type"}
+        if settings_of:
+            parts.append(f"## Memory of layer {index}\n\n{table(settings_of)}\n")
+    if training_data is not None:
+        parts.append(f"## Training data\n\n{training_data}\n")
+    if settings is not None:
+        parts.append(f"## Training\n\n{table({f'`{key}`': f'`{value!r}`' for key, value in settings.items()})}\n")
+    if results is not None:
+        parts.append(f"## Results\n\n{table({key: f'{value:.4g}' for key, value in results.items()})}\n")
+    return "\n".join(parts)
+
+
+def table(rows: Mapping[str, Any]) -> str:
+    """A table of two columns, without the rows that are None."""
+    lines = (f"| {key} | {value} |" for key, value in rows.items() if value is not None)
+    return "\n".join(["| | |", "|---|---|", *lines])
+
+
+def layers_in_words(types: list[str] | None) -> list[str]:
+    """Runs of equal layers, as `1 senri_memory, 5 full_attention`."""
+    runs: list[tuple[int, str]] = []
+    for kind in types or []:
+        count = runs.pop()[0] if runs and runs[-1][1] == kind else 0
+        runs.append((count + 1, kind))
+    return [f"{count} {kind}" for count, kind in runs]
+
+
+def memory_bytes(model: nn.Module) -> int:
+    """Bytes of one row's memory, where it is of a size that the config says."""
+    layers = [layer for owner in owners(model) for layer in owner.memory_layers()]
+    return sum(layer.nbytes_per_row for layer in layers if isinstance(layer, CompressiveLayer))

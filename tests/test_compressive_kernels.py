@@ -48,7 +48,7 @@ def test_what_is_asked_of_the_kernels_is_the_rule(
         torch.autograd.grad(sum((t * w).sum() for t, w in zip(outputs, weights, strict=True)), inputs)
         for outputs, inputs in ((expected, leaves), (found, their_leaves))
     ]
-    # What an empty memory's own entries would have changed is asked of nobody, and differs: nothing is taken away there.
+    # Where nothing is held nothing is taken away: the gradients of an empty memory's own entries differ.
     kept = slice(0 if begun else 2, None)
     gradients = [of[kept] for of in gradients]
     for a, b in [*zip(found, expected, strict=True), *zip(*reversed(gradients), strict=True)]:

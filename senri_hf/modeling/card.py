@@ -39,27 +39,18 @@ class CardMixin:
         if uploads:
             self.push_to_hub(repo_id, token=kwargs.get("token"), card=card, **hub)
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        revision: str | None = None,
-        commit_message: str = "Upload model",
-        card: Mapping[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> str:
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
         """Upload weights, config and card as a repository on the Hub; returns the commit's address.
 
         Args:
-            card: What the card is to say of training, see `model_card`.
-            kwargs: As for `save_pretrained`.
+            kwargs: `private`, `token`, `revision`, `commit_message`, and as for `save_pretrained`.
         """
+        private, token, revision = (kwargs.pop(name, None) for name in ("private", "token", "revision"))
+        commit_message = kwargs.pop("commit_message", None) or "Upload model"
         api = HfApi(token=token)
         repo = api.create_repo(repo_id, private=private, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, card=card, **kwargs)
+            self.save_pretrained(folder, **kwargs)
             commit = api.upload_folder(
                 repo_id=repo.repo_id, folder_path=folder, revision=revision, commit_message=commit_message
             )

@@ -163,15 +163,9 @@ def read_and_write(
         found = []
         for start in range(0, length, piece):
             part = slice(start, start + piece)
-            reads, memory, normaliser = chunkwise(
-                memory,
-                normaliser,
-                *(tensor[..., part, :] for tensor in (queries, keys, values)),
-                rule,
-                *(None if gate is None else gate[..., part] for gate in gates),
-                with_norm,
-                chunk,
-            )
+            q, k, v = (tensor[..., part, :] for tensor in (queries, keys, values))
+            b, log_a = (None if gate is None else gate[..., part] for gate in gates)
+            reads, memory, normaliser = chunkwise(memory, normaliser, q, k, v, rule, b, log_a, with_norm, chunk)
             found.append(reads)
         if len(found) == 1:
             return found[0], memory, normaliser
@@ -287,7 +281,7 @@ def through_chunks(
         return tensor.reshape(-1, *tensor.shape[-3:]).unbind(1)
 
     state, entering, updates = memory.reshape(-1, *memory.shape[-2:]), [], []
-    left = (1.0,) * count if carry is None else by_chunk(carry)
+    left = (None,) * count if carry is None else by_chunk(carry)
     for ask, update, key, kept in zip(by_chunk(asks), by_chunk(new), by_chunk(keys), left, strict=True):
         answers = torch.bmm(ask, state)
         if ask.shape[-2] > chunk:
@@ -295,7 +289,7 @@ def through_chunks(
             answers = answers[:, chunk:]
         entering.append(answers)
         updates.append(update)
-        state = torch.baddbmm(state if carry is None else kept * state, key.transpose(1, 2), update)
+        state = torch.baddbmm(state if kept is None else kept * state, key.transpose(1, 2), update)
     read, written = (torch.stack(parts, 1).reshape(*keys.shape[:-1], -1) for parts in (entering, updates))
     return read, written, state.reshape(memory.shape)
 

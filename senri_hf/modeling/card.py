@@ -9,6 +9,7 @@ from typing import Any
 
 from huggingface_hub import HfApi
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..memory import CompressiveLayer
 from ..memory.fingerprint import public_name
@@ -18,28 +19,28 @@ from ..memory.owner import owners
 README = "README.md"
 
 
-class CardMixin:
-    """Mixin of models: `save_pretrained` writes a card where there is none, `push_to_hub` uploads that.
+class ModelWithCard(PreTrainedModel):
+    """Base of models whose `save_pretrained` writes a card where there is none, and whose `push_to_hub` uploads it.
 
-    Put it before `PreTrainedModel`, whose own `push_to_hub` puts an empty card in the place of any other.
+    transformers' own `push_to_hub` puts an empty card in the place of any other.
     """
 
-    config: Any
-
-    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any
+    ) -> None:
         """As of every model, with a card. What it is to say of training is given as `card={…}`, see `model_card`."""
         card = kwargs.pop("card", None)
         repo_id = kwargs.pop("repo_id", Path(save_directory).name)
         uploads = kwargs.pop("push_to_hub", False)
         hub = {name: kwargs.pop(name) for name in ("private", "revision", "commit_message") if name in kwargs}
-        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        super().save_pretrained(save_directory, *args, **kwargs)
         place = Path(save_directory) / README
         if kwargs.get("is_main_process", True) and (card is not None or not place.exists()):
             place.write_text(model_card(self, **(card or {})), encoding="utf-8")
         if uploads:
             self.push_to_hub(repo_id, token=kwargs.get("token"), card=card, **hub)
 
-    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:  # type: ignore[override]
         """Upload weights, config and card as a repository on the Hub; returns the commit's address.
 
         Args:

@@ -35,7 +35,7 @@ from ..memory import (
 from ..memory.cache import BUILT_IN
 from ..memory.compressive_layer import Progress, Step
 from ..memory.layout import Layout
-from .card import CardMixin
+from .card import ModelWithCard
 from .streams import find_layout
 
 
@@ -82,7 +82,7 @@ class SenriLayer(GradientCheckpointingLayer, MemoryOwner):
         return hidden_states + self.post_mlp_dropout(self.mlp(self.post_attention_layernorm(hidden_states))), step
 
 
-class SenriPreTrainedModel(CardMixin, PreTrainedModel):
+class SenriPreTrainedModel(ModelWithCard):
     """Weights, downloading and loading of Senri models."""
 
     config_class = SenriConfig

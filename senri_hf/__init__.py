@@ -25,6 +25,15 @@ _MODULES = {
     "SymbolicTransformerConfig": ".configuration.symbolic",
     "SymbolicTransformerForCausalLM": ".modeling",
     "SymbolicTransformerModel": ".modeling",
+    "LinearMemoryAttention": ".modeling.tensor_memory",
+    "MultiHeadMemory": ".memory",
+    "TensorMemory": ".memory",
+    "TensorMemoryConfig": ".configuration.tensor_memory",
+    "TensorMemoryForCausalLM": ".modeling.tensor_memory",
+    "TensorMemoryForSequenceClassification": ".modeling.tensor_memory",
+    "TensorMemoryHeadConfig": ".configuration.tensor_memory",
+    "TensorMemoryLayer": ".modeling.tensor_memory",
+    "TensorMemoryModel": ".modeling.tensor_memory",
     "MemoryAdapterConfig": ".adapters",
     "MemoryCache": ".memory",
     "MemoryChat": ".chat",
@@ -51,6 +60,7 @@ __all__ = [
     "EpisodeCollator",
     "EpisodicConfig",
     "LanguageModelTrainer",
+    "LinearMemoryAttention",
     "MemoryAdapterConfig",
     "MemoryCache",
     "MemoryChat",
@@ -60,6 +70,7 @@ __all__ = [
     "MemoryTransformerForCausalLM",
     "MemoryTransformerForSequenceClassification",
     "MemoryTransformerModel",
+    "MultiHeadMemory",
     "RouterLossMixin",
     "SenriConfig",
     "SenriForCausalLM",
@@ -70,6 +81,13 @@ __all__ = [
     "SymbolicTransformerConfig",
     "SymbolicTransformerForCausalLM",
     "SymbolicTransformerModel",
+    "TensorMemory",
+    "TensorMemoryConfig",
+    "TensorMemoryForCausalLM",
+    "TensorMemoryForSequenceClassification",
+    "TensorMemoryHeadConfig",
+    "TensorMemoryLayer",
+    "TensorMemoryModel",
     "__version__",
     "add_lora",
     "base_names",
@@ -88,8 +106,9 @@ if TYPE_CHECKING:
     from .configuration.senri import SenriConfig, pythia_layers, senri_layers
     from .configuration.sparse_autoencoder import SparseAutoencoderConfig
     from .configuration.symbolic import SymbolicTransformerConfig
+    from .configuration.tensor_memory import TensorMemoryConfig, TensorMemoryHeadConfig
     from .interpretability import SparseAutoencoder
-    from .memory import MemoryCache
+    from .memory import MemoryCache, MultiHeadMemory, TensorMemory
     from .modeling import (
         MemoryTransformerForCausalLM,
         MemoryTransformerForSequenceClassification,
@@ -98,6 +117,13 @@ if TYPE_CHECKING:
         SymbolicTransformerModel,
     )
     from .modeling.senri import SenriForCausalLM, SenriForSequenceClassification, SenriModel
+    from .modeling.tensor_memory import (
+        LinearMemoryAttention,
+        TensorMemoryForCausalLM,
+        TensorMemoryForSequenceClassification,
+        TensorMemoryLayer,
+        TensorMemoryModel,
+    )
     from .tokenizers import load_open_calm_tokenizer
     from .training import (
         EpisodeCollator,

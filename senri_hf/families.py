@@ -28,6 +28,7 @@ FAMILIES = {
     "senri": Family("Senri", "senri", ("Model", "ForCausalLM", "ForSequenceClassification")),
     "sparse_autoencoder": Family("SparseAutoencoder", "sparse_autoencoder", ("",), "interpretability"),
     "symbolic_transformer": Family("SymbolicTransformer", "symbolic", ("Model", "ForCausalLM")),
+    "tensor_memory": Family("TensorMemory", "tensor_memory", ("Model", "ForCausalLM", "ForSequenceClassification")),
 }
 
 TABLES = {

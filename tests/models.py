@@ -193,21 +193,52 @@ def perturb(model: PeftModel, seed: int = 0, strength: float = 0.5) -> PeftModel
     return model
 
 
+def senri(layers: list[dict[str, Any]]) -> dict[str, Any]:
+    """Settings of a Senri model."""
+    return {"layers": layers, "num_attention_heads": 4}
+
+
+def tensor_memory(*layers: list[dict[str, Any]], **settings: Any) -> dict[str, Any]:
+    """Settings of a tensor memory model, of heads that write by the delta rule unless they say otherwise."""
+    heads = [[{"eps": 1e-6, "use_delta_rule": True, **head} for head in layer] for layer in layers]
+    return {"layers": heads, "bias": True, "normalize_qkv": False, **settings}
+
+
 # Models that have their memory built in: what makes the tiny one of a family with each of its settings.
 BUILT_IN: dict[str, dict[str, Callable[[], dict[str, Any]]]] = {
+    "tensor_memory": {
+        "default": lambda: tensor_memory([{"dim": 8}] * 4, [{"dim": 8}] * 4),
+        "mixed": lambda: tensor_memory(
+            [
+                {"dim": 8, "decay": 0.5},
+                {"dim": 12, "use_delta_rule": False},
+                {"dim": 8, "decay": 0.5},
+                {"dim": 6, "use_delta_rule": False, "decay": 0.9},
+            ],
+            [{"dim": 8}, {"dim": 16, "decay": 0.97}],
+            intermediate_size=[48, 64],
+            bias=[True, False],
+        ),
+        "clamped": lambda: tensor_memory(
+            [{"dim": 8, "max_norm": 2.0, "decay": 0.9}, {"dim": 8, "max_delta": 0.5, "max_memory": 1.5}],
+            [{"dim": 8, "use_delta_rule": False, "max_memory": 2.0}, {"dim": 8}],
+            bias=False,
+            normalize_qkv=True,
+        ),
+    },
     "senri": {
-        "default": lambda: {"layers": senri_layers(1) + pythia_layers(1) + senri_layers(1)},
-        "gated": lambda: {"layers": senri_layers(1, update_rule="gated_delta", memory_head_dim=8) + pythia_layers(2)},
-        "slots": lambda: {
-            "layers": pythia_layers(2) + senri_layers(1, num_memories=3, memory_head_dim=8, memory_slot_tokens=7)
-        },
-        "segments": lambda: {
-            "layers": senri_layers(2, update_rule="corrected_delta", memory_segment_length=5) + pythia_layers(1)
-        },
-        "memory only": lambda: {
-            "layers": senri_layers(1, use_delta_rule=False)
+        "default": lambda: senri(senri_layers(1) + pythia_layers(1) + senri_layers(1)),
+        "gated": lambda: senri(senri_layers(1, update_rule="gated_delta", memory_head_dim=8) + pythia_layers(2)),
+        "slots": lambda: senri(
+            pythia_layers(2) + senri_layers(1, num_memories=3, memory_head_dim=8, memory_slot_tokens=7)
+        ),
+        "segments": lambda: senri(
+            senri_layers(2, update_rule="corrected_delta", memory_segment_length=5) + pythia_layers(1)
+        ),
+        "memory only": lambda: senri(
+            senri_layers(1, use_delta_rule=False)
             + senri_layers(2, update_rule="gated_delta", memory_head_dim=8, num_memories=2, memory_slot_tokens=7)
-        },
+        ),
     },
 }
 
@@ -219,7 +250,7 @@ class BuiltIn(Subject):
     def fresh(self, seed: int = 0, model: dict[str, Any] | None = None, **settings: Any) -> Any:
         torch.manual_seed(seed)
         special = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
-        sizes = {"vocab_size": VOCABULARY, "hidden_size": HIDDEN, "intermediate_size": 64, "num_attention_heads": 4}
+        sizes = {"vocab_size": VOCABULARY, "hidden_size": HIDDEN, "intermediate_size": 64}
         own = BUILT_IN[self.arch][self.variant]()
         config = AutoConfig.for_model(self.arch, **{**special, **sizes, **own, **(model or {}), **settings})
         return AutoModelForCausalLM.from_config(config).eval()

@@ -18,6 +18,21 @@ def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name}={value!r} was given, but {name} must be one of {allowed}")
 
 
+def check_bounds(eps: object, decay: object, **clamps: object) -> None:
+    """ValueError naming the first of a rule's numbers that is out of its range; see `UpdateRule`."""
+    if not is_number(eps) or not eps >= 0:  # type: ignore[operator]
+        raise ValueError(f"eps={eps!r} was given, but eps must be a number of at least 0")
+    if decay is not None and not (is_number(decay) and 0 < decay < 1):  # type: ignore[operator]
+        raise ValueError(f"decay={decay!r} was given, but decay must be a number between 0 and 1, or None")
+    for name, value in clamps.items():
+        if value is not None and not (is_number(value) and value > 0):  # type: ignore[operator]
+            raise ValueError(f"{name}={value!r} was given, but {name} must be more than 0, or None for no clamp")
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 @dataclass
 class CompressiveConfig:
     """How a compressive memory, an associative matrix per head, is written and read.

@@ -427,7 +427,7 @@ class MemoryCache(AssociativeOperations, DynamicCache):
             )
         for place, memory_layer in expected.items():
             memory_layer.check_state_dict(parts.get(place, {}))
-        counts = {part["tokens"].shape[0] for part in parts.values() if "tokens" in part}
+        counts = {tensor.shape[0] for part in parts.values() for tensor in part.values()}
         if len(counts) > 1:
             raise ValueError(f"The memory's layers hold different numbers of rows: {sorted(counts)}")
         for place, memory_layer in expected.items():

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..configuration.compressive import UPDATE_RULES, check_choice
+from ..configuration.compressive import UPDATE_RULES, check_bounds, check_choice
 from . import compressive_kernels
 
 
@@ -54,18 +54,13 @@ class UpdateRule:
 
     def __post_init__(self) -> None:
         check_choice("update_rule", self.name, UPDATE_RULES)
-        if self.eps < 0:
-            raise ValueError(f"eps={self.eps!r} was given, but eps must be at least 0")
-        if self.decay is not None and not 0 < self.decay < 1:
-            raise ValueError(f"decay={self.decay!r} was given, but decay must be a number between 0 and 1, or None")
+        clamps = {name: getattr(self, name) for name in ("max_delta", "max_memory", "max_norm")}
+        check_bounds(self.eps, self.decay, **clamps)
         if self.decay is not None and self.name in ("corrected_delta", "gated_delta"):
             raise ValueError(f"decay={self.decay!r} was given, but update_rule={self.name!r} takes none")
-        for name in ("max_delta", "max_memory", "max_norm"):
-            value = getattr(self, name)
+        for name, value in clamps.items():
             if value is not None and self.name == "gated_delta":
                 raise ValueError(f"{name}={value!r} was given, but update_rule='gated_delta' has no clamps")
-            if value is not None and not value > 0:
-                raise ValueError(f"{name}={value!r} was given, but {name} must be more than 0, or None for no clamp")
 
     @property
     def is_normalised(self) -> bool:

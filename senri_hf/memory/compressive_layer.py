@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from .compressive import read_backwards
-from .compressive_state import Associations, CompressiveState, MemoryShape, advance, by_head, look_up, take_in
-from .layer import ROLLBACK_TOKENS, MemoryLayer
+from .compressive_state import Associations, CompressiveState, MemoryShape, advance, by_head, look_up, take, take_in
+from .layer import ROLLBACK_TOKENS, CountsContext, MemoryLayer
 from .state import RowState, check_tensors
 
 
@@ -72,6 +72,34 @@ class Progress:
         if self.committed is not None:
             reads = look_up(self.committed, queries, shape, sharpness)
         return reads, now
+
+    def over(
+        self,
+        queries: Tensor,
+        tokens: Associations,
+        shape: MemoryShape,
+        sharpness: Tensor | None,
+        *,
+        writes: bool,
+        carried: bool,
+    ) -> tuple[Tensor, "Step"]:
+        """`after` for a whole pass, with what the cache needs to take its last tokens back.
+
+        Args:
+            carried: Whether there is a cache: without one, no token is ever taken back.
+        """
+        old = tokens.columns - ROLLBACK_TOKENS
+        if not carried or old <= 0:
+            reads, now = self.after(queries, tokens, shape, sharpness, writes=writes)
+            return reads, Step(now, self, Pass(tokens, writes))
+        # Too far back ever to be taken back: taken in, not kept.
+        first, rest, cut = tokens.first(old), tokens.last(ROLLBACK_TOKENS), tokens.taken(old)
+        asked = take(queries, cut + torch.arange(ROLLBACK_TOKENS, device=cut.device))
+        early, before = self.after(queries[:, :old], first, shape, sharpness, writes=writes)
+        late, now = before.after(asked, rest, shape, sharpness, writes=writes)
+        column = torch.arange(tokens.columns, device=cut.device)
+        reads = take(torch.cat([early, late], dim=1), torch.where(column < cut, column, column - cut + old))
+        return reads, Step(now, before, Pass(rest, writes))
 
     def _by_segments(
         self, queries: Tensor, tokens: Associations, shape: MemoryShape, sharpness: Tensor | None
@@ -494,22 +522,7 @@ class CompressiveLayer(MemoryLayer):
         }
 
 
-class CountingCompressiveLayer(CompressiveLayer, CacheLayerMixin):
+class CountingCompressiveLayer(CountsContext, CompressiveLayer, CacheLayerMixin):
     """The first layer of a model in which no layer holds keys and values: it says how long the context is."""
 
     _layer_type = "counting_senri_memory"  # type: ignore[misc]
-
-    def get_seq_length(self) -> int:
-        return self.columns
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.columns + query_length, 0
-
-    def get_max_length(self) -> int:
-        return -1
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing: it begins with the first tokens."""
-
-    def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        return CompressiveLayer.update(self, key_states, value_states, *args, **kwargs)

@@ -8,9 +8,8 @@ from torch import Tensor, nn
 
 from ..configuration import CompressiveConfig
 from .compressive import UpdateRule, elu_features, unit_features
-from .compressive_layer import Pass, Progress, Step
-from .compressive_state import Associations, MemoryShape, take
-from .layer import ROLLBACK_TOKENS
+from .compressive_layer import Progress, Step
+from .compressive_state import Associations, MemoryShape
 from .layout import Layout
 
 
@@ -101,19 +100,7 @@ class CompressiveMemory(nn.Module):
             point = Progress.begin(streams.shape[0], self.shape, hidden.device, commits=False)
         queries, tokens = self.associations(streams, point, layout)
         sharpness = self.sharpness if self.shape.slots > 1 else None
-        old = tokens.columns - ROLLBACK_TOKENS
-        if carried and old > 0:
-            # Too far back ever to be taken back: taken in, not kept.
-            first, rest, cut = tokens.first(old), tokens.last(ROLLBACK_TOKENS), tokens.taken(old)
-            asked = take(queries, cut + torch.arange(ROLLBACK_TOKENS, device=cut.device))
-            early, before = point.after(queries[:, :old], first, self.shape, sharpness, writes=writes)
-            late, now = before.after(asked, rest, self.shape, sharpness, writes=writes)
-            column = torch.arange(tokens.columns, device=cut.device)
-            reads = take(torch.cat([early, late], dim=1), torch.where(column < cut, column, column - cut + old))
-            step = Step(now, before, Pass(rest, writes))
-        else:
-            reads, now = point.after(queries, tokens, self.shape, sharpness, writes=writes)
-            step = Step(now, point, Pass(tokens, writes))
+        reads, step = point.over(queries, tokens, self.shape, sharpness, writes=writes, carried=carried)
         read = self.memory_read(reads.to(hidden.dtype))
         if self.is_gated:
             gate = self.g_proj(streams).unflatten(-1, (self.shape.heads, -1))

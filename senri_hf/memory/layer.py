@@ -145,3 +145,26 @@ class MemoryLayer(DummyLayer):
                 "continuations of every row (beams, num_return_sequences), memory.select_rows(indices) to pick rows, "
                 "or a new MemoryCache.for_model(model)"
             )
+
+
+class CountsContext:
+    """Mixin of the first memory layer of a model in which no layer holds keys and values: it says how long the
+    context is. Put it before the memory layer's own class, and transformers' `CacheLayerMixin` after that.
+    """
+
+    columns: int  # of the open conversation
+
+    def get_seq_length(self) -> int:
+        """Columns of the open conversation."""
+        return self.columns
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Columns of context and query together, and the offset of the first of them."""
+        return self.columns + query_length, 0
+
+    def get_max_length(self) -> int:
+        """-1: there is no most."""
+        return -1
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing: it begins with the first tokens."""

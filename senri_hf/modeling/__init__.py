@@ -10,9 +10,17 @@ from .memory_transformer import (
 )
 from .senri import SenriForCausalLM, SenriForSequenceClassification, SenriModel
 from .symbolic import SymbolicTransformerForCausalLM, SymbolicTransformerModel
+from .tensor_memory import (
+    LinearMemoryAttention,
+    TensorMemoryForCausalLM,
+    TensorMemoryForSequenceClassification,
+    TensorMemoryLayer,
+    TensorMemoryModel,
+)
 
 
 __all__ = [
+    "LinearMemoryAttention",
     "MemoryTransformerForCausalLM",
     "MemoryTransformerForSequenceClassification",
     "MemoryTransformerModel",
@@ -21,4 +29,8 @@ __all__ = [
     "SenriModel",
     "SymbolicTransformerForCausalLM",
     "SymbolicTransformerModel",
+    "TensorMemoryForCausalLM",
+    "TensorMemoryForSequenceClassification",
+    "TensorMemoryLayer",
+    "TensorMemoryModel",
 ]

@@ -11,7 +11,7 @@ from huggingface_hub import HfApi
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..memory import CompressiveLayer
+from ..memory import CompressiveLayer, HeadGroupsLayer
 from ..memory.fingerprint import public_name
 from ..memory.owner import owners
 
@@ -120,9 +120,12 @@ memory.clear_context()  # the conversation is gone, the memory stays
 """
     ]
     for index, layer in enumerate(getattr(model.config, "layers", None) or []):
-        settings_of = {f"`{key}`": f"`{value!r}`" for key, value in layer.items() if key != "type"}
-        if settings_of:
-            parts.append(f"## Memory of layer {index}\n\n{table(settings_of)}\n")
+        # One memory, or a list of heads that each have their own settings.
+        for head, settings_of_head in enumerate(layer if isinstance(layer, list) else [layer]):
+            said = {f"`{key}`": f"`{value!r}`" for key, value in settings_of_head.items() if key != "type"}
+            where = f"layer {index}, head {head}" if isinstance(layer, list) else f"layer {index}"
+            if said:
+                parts.append(f"## Memory of {where}\n\n{table(said)}\n")
     if training_data is not None:
         parts.append(f"## Training data\n\n{training_data}\n")
     if settings is not None:
@@ -149,5 +152,8 @@ def layers_in_words(types: list[str] | None) -> list[str]:
 
 def memory_bytes(model: nn.Module) -> int:
     """Bytes of one row's memory, where it is of a size that the config says."""
-    layers = [layer for owner in owners(model) for layer in owner.memory_layers()]
-    return sum(layer.nbytes_per_row for layer in layers if isinstance(layer, CompressiveLayer))
+    layers, kinds = (
+        [layer for owner in owners(model) for layer in owner.memory_layers()],
+        (CompressiveLayer, HeadGroupsLayer),
+    )
+    return sum(layer.nbytes_per_row for layer in layers if isinstance(layer, kinds))

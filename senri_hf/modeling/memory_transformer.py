@@ -10,7 +10,6 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
@@ -27,6 +26,7 @@ from ..memory.layer import MemoryLayer
 from ..memory.owner import MemoryOwner
 from ..memory.real_tokens import document_starts, padding_after_end, real_tokens
 from ..memory.router_loss import RouterLossSlot, share_of_batch
+from .language_model import CausalLanguageModel
 
 
 # The memory of a model of its own is no adapter's; its layers in a cache are called so.
@@ -337,23 +337,17 @@ class MemoryTransformerModel(MemoryTransformerPreTrainedModel):
                 self.router_loss.loss = output.router_loss
 
 
-class MemoryTransformerForCausalLM(MemoryTransformerPreTrainedModel, GenerationMixin):
+class MemoryTransformerForCausalLM(CausalLanguageModel, MemoryTransformerPreTrainedModel, GenerationMixin):
     """The memory transformer with a language modelling head.
 
     While training, its loss is that of next tokens plus that of the routers; otherwise that of next tokens alone.
     """
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
-    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
-    _fsdp_plan = {"lm_head": "keep_full_weight"}  # noqa: RUF012
+    decoder_class = MemoryTransformerModel
 
     def __init__(self, config: MemoryTransformerConfig) -> None:
         super().__init__(config)
-        self.model = MemoryTransformerModel(config)
         self.model.predicts_next_token = True
-        self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
 
     @can_return_tuple
     def forward(
@@ -365,7 +359,7 @@ class MemoryTransformerForCausalLM(MemoryTransformerPreTrainedModel, GenerationM
         inputs_embeds: Tensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
+        logits_to_keep: int | Tensor | None = None,
         prompt_lengths: Tensor | None = None,
         **kwargs: Any,
     ) -> MemoryCausalLMOutputWithPast:
@@ -384,20 +378,14 @@ class MemoryTransformerForCausalLM(MemoryTransformerPreTrainedModel, GenerationM
             prompt_lengths=prompt_lengths,
             **kwargs,
         )
-        assert outputs.last_hidden_state is not None
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
-        loss = None
+        predictions = self.predictions(outputs, labels, logits_to_keep, **kwargs)
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
             waiting = self.model.router_loss.take()
             if waiting is not None:
-                loss = loss + waiting.to(loss.device) * share_of_batch(labels, kwargs.get("num_items_in_batch"))
+                share = share_of_batch(labels, kwargs.get("num_items_in_batch"))
+                predictions["loss"] = predictions["loss"] + waiting.to(predictions["loss"].device) * share
         return MemoryCausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+            **predictions,
             router_loss=outputs.router_loss,
             router_entropy=outputs.router_entropy,
             router_usage=outputs.router_usage,

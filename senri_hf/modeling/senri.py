@@ -11,15 +11,13 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import slice_logits_to_keep
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.gpt_neox.modeling_gpt_neox import (
     GPTNeoXAttention,
     GPTNeoXLayer,
     GPTNeoXMLP,
     GPTNeoXRotaryEmbedding,
 )
-from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -36,7 +34,8 @@ from ..memory.cache import BUILT_IN
 from ..memory.compressive_layer import Progress, Step
 from ..memory.layout import Layout
 from .card import ModelWithCard
-from .streams import find_layout
+from .language_model import RememberingLanguageModel
+from .streams import find_layout, memory_of
 
 
 class PythiaLayer(GPTNeoXLayer):
@@ -178,7 +177,7 @@ class SenriModel(SenriPreTrainedModel):
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
         for index, layer in enumerate(self.layers):
             if isinstance(layer, SenriLayer):
-                memory = memory_of(past_key_values, index)
+                memory = memory_of(past_key_values, index, CompressiveLayer)
                 batch = layout.valid.shape[0]
                 point = None if memory is None else memory.point(layer.memory.shape, batch, hidden_states.device)
                 writes = update_memory and not (memory is not None and memory.is_read_only)
@@ -200,71 +199,10 @@ class SenriModel(SenriPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
 
-def memory_of(cache: Cache | None, layer_idx: int) -> CompressiveLayer | None:
-    """The memory of a layer, None without a cache; ValueError for a cache that has none."""
-    if cache is None:
-        return None
-    layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
-    if not isinstance(layer, CompressiveLayer):
-        raise ValueError(
-            f"This cache has no memory for layer {layer_idx}. Make it with senri_hf.MemoryCache.for_model(model) or "
-            "DynamicCache(config=model.config)"
-        )
-    return layer
-
-
-class SenriForCausalLM(SenriPreTrainedModel, GenerationMixin):
+class SenriForCausalLM(RememberingLanguageModel, SenriPreTrainedModel, GenerationMixin):
     """A Senri model with a language model's head."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
-    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
-
-    def __init__(self, config: SenriConfig) -> None:
-        super().__init__(config)
-        self.model = SenriModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        update_memory: bool = True,
-        **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
-        """Logits, and the loss of the next tokens where `labels` [B, T] are given (-100 is left out).
-
-        The other arguments are those of `SenriModel.forward`; `logits_to_keep` says how many of the last columns get
-        logits (0: all), or which.
-        """
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            update_memory=update_memory,
-            **kwargs,
-        )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+    decoder_class = SenriModel
 
     @classmethod
     def from_gpt_neox(cls, model: GPTNeoXForCausalLM | str | Path, memory_layers: list[int], **settings: Any) -> Self:

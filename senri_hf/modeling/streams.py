@@ -1,6 +1,6 @@
 """What models with memory built in do with a batch before their layers: which tokens are real, and whose they are."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 from transformers import PreTrainedConfig
@@ -9,6 +9,9 @@ from transformers.cache_utils import Cache
 from ..memory import MemoryCache, MemoryLayer
 from ..memory.layout import Layout
 from ..memory.real_tokens import document_starts, padding_after_end, real_tokens
+
+
+Memory = TypeVar("Memory", bound=MemoryLayer)
 
 
 def find_layout(
@@ -38,12 +41,25 @@ def find_layout(
         for layer in cache.layers:
             if isinstance(layer, MemoryLayer):
                 layer.check_rows(batch)
-    real, _ = real_tokens(tokens, attention_mask, position_ids if cache is not None else None, given)
+    real, is_whole = real_tokens(tokens, attention_mask, position_ids if cache is not None else None, given)
     if isinstance(cache, MemoryCache) and tokens.dim() == 2 and config.pad_token_id is not None:
         ends = config.eos_token_id
         end_ids = tuple(ends) if isinstance(ends, (list, tuple)) else () if ends is None else (ends,)
-        real = real & ~padding_after_end(tokens, cache.recent_ids, config.pad_token_id, end_ids)
-    return Layout.of(real)
+        return Layout.of(real & ~padding_after_end(tokens, cache.recent_ids, config.pad_token_id, end_ids))
+    return Layout(None, real, real) if is_whole else Layout.of(real)
+
+
+def memory_of(cache: Cache | None, layer_idx: int, kind: type[Memory]) -> Memory | None:
+    """The memory of a layer, None without a cache; ValueError for a cache that has none of this kind there."""
+    if cache is None:
+        return None
+    layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
+    if not isinstance(layer, kind):
+        raise ValueError(
+            f"This cache has no memory for layer {layer_idx}. Make it with senri_hf.MemoryCache.for_model(model) or "
+            "DynamicCache(config=model.config)"
+        )
+    return layer
 
 
 def documents(tokens: Tensor, attention_mask: Any, position_ids: Tensor | None, given: dict[str, Any]) -> Tensor | None:

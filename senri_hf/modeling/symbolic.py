@@ -21,14 +21,14 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gpt_neox.modeling_gpt_neox import eager_attention_forward
-from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from ..configuration.symbolic import SymbolicTransformerConfig
+from .language_model import CausalLanguageModel
 
 
 class SymbolicEmbeddings(nn.Module):
@@ -243,56 +243,10 @@ class SymbolicTransformerModel(SymbolicTransformerPreTrainedModel):
         return (torch.arange(length, device=inputs_embeds.device) + past)[None]
 
 
-class SymbolicTransformerForCausalLM(SymbolicTransformerPreTrainedModel, GenerationMixin):
+class SymbolicTransformerForCausalLM(CausalLanguageModel, SymbolicTransformerPreTrainedModel, GenerationMixin):
     """The symbolic transformer with a projection to the next symbol."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
-
-    def __init__(self, config: SymbolicTransformerConfig) -> None:
-        super().__init__(config)
-        self.model = SymbolicTransformerModel(config)
-        self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
-        """Logits of the next symbol, and the loss where `labels` [B, T] are given (-100 is not counted).
-
-        Arguments are those of `SymbolicTransformerModel.forward`; `logits_to_keep` limits the logits to the last so
-        many symbols, or to the given indices.
-        """
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+    decoder_class = SymbolicTransformerModel
 
     @torch.no_grad()
     def rollout(self, input_ids: Tensor, new_symbols: int, do_sample: bool = False) -> Tensor:

@@ -261,7 +261,8 @@ class BuiltIn(Subject):
             for parameter in built.parameters():
                 if parameter.dim() == 2:
                     parameter.normal_(std=0.4)
-            built.get_input_embeddings().weight.normal_(std=0.5)
+            # Where they are the head too, strong ones say the same token again and again.
+            built.get_input_embeddings().weight.normal_(std=0.1 if built.config.tie_word_embeddings else 0.5)
         return built
 
     @property

@@ -128,11 +128,10 @@ def test_the_auto_classes_know_every_family_in_any_order_of_imports(first: str) 
         {first}
         import sys
         assert not any(name.startswith(("senri_hf.modeling", "senri_hf.interpretability")) for name in sys.modules)
-        from transformers import AutoConfig
-        from transformers.models.auto import modeling_auto
+        from transformers.models.auto import configuration_auto, modeling_auto
         from senri_hf.families import FAMILIES, TABLES
         for model_type, family in FAMILIES.items():
-            config = type(AutoConfig.for_model(model_type))
+            config = configuration_auto.CONFIG_MAPPING[model_type]
             assert config.__name__ == family.prefix + "Config" and config.model_type == model_type
             for kind in family.models:
                 table = getattr(modeling_auto, TABLES[kind].removesuffix("_NAMES"))

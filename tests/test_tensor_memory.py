@@ -223,19 +223,12 @@ def test_heads_that_differ_give_the_values_and_gradients_of_the_formulas(normali
         assert_close(a / b.norm(), b / b.norm(), "gradient", tolerance=1e-5)
 
 
-@every_variant
 @torch.no_grad()
-def test_a_compiled_model_gives_the_same_whole_and_with_a_cache(variant: str) -> None:
-    """As one graph without a cache; with one, breaks are where the cache looks at its rows."""
-    model, ids = SUBJECTS[variant].model(), tokens(2, 21, seed=4)
+def test_a_compiled_model_of_heads_that_differ_is_one_graph_and_gives_the_same() -> None:
+    model, ids = SUBJECTS["mixed"].model(), tokens(2, 6, seed=4)
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     assert_close(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend="aot_eager")
-    memory, plain = MemoryCache.for_model(model), MemoryCache.for_model(model)
-    for _ in range(2):
-        assert_close(compiled(ids, past_key_values=memory).logits, model(ids, past_key_values=plain).logits)
     torch._dynamo.reset()
 
 

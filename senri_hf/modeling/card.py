@@ -152,8 +152,5 @@ def layers_in_words(types: list[str] | None) -> list[str]:
 
 def memory_bytes(model: nn.Module) -> int:
     """Bytes of one row's memory, where it is of a size that the config says."""
-    layers, kinds = (
-        [layer for owner in owners(model) for layer in owner.memory_layers()],
-        (CompressiveLayer, HeadGroupsLayer),
-    )
-    return sum(layer.nbytes_per_row for layer in layers if isinstance(layer, kinds))
+    layers = [layer for owner in owners(model) for layer in owner.memory_layers()]
+    return sum(layer.nbytes_per_row for layer in layers if isinstance(layer, (CompressiveLayer, HeadGroupsLayer)))

@@ -274,6 +274,24 @@ class BuiltIn(Subject):
         return {}
 
 
+@dataclass(frozen=True)
+class WithoutTraining(Subject):
+    """An architecture as it is: its memory is keys and values that its own attention reads."""
+
+    def fresh(self, seed: int = 0, model: dict[str, Any] | None = None, **settings: Any) -> Any:
+        return tiny_model(self.arch, seed, **(model or {}))
+
+    def build(self, seed: int = 0, model: dict[str, Any] | None = None, **settings: Any) -> Any:
+        return self.fresh(seed, model)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {}
+
+
+WITHOUT_TRAINING = [WithoutTraining(arch, "attention", "default") for arch in ARCHITECTURES]
+# So small that short texts fill it.
+FEW_SLOTS = {"slots": 24, "sinks": 2}
 BUILT_IN_SUBJECTS = [BuiltIn(family, "built_in", variant) for family in BUILT_IN for variant in BUILT_IN[family]]
 
 
@@ -337,10 +355,17 @@ def talk(
     return logits
 
 
+def blank(model: Any, **settings: Any) -> MemoryCache:
+    """A new memory; of a model without one of its own a small one without training."""
+    return MemoryCache.for_model(model, **settings if owners(model) else {**FEW_SLOTS, **settings})
+
+
 @torch.no_grad()
-def remembering(model: PeftModel, rows: int = 1, seed: int = 0, lengths: Sequence[int] = (23, 17)) -> MemoryCache:
+def remembering(
+    model: Any, rows: int = 1, seed: int = 0, lengths: Sequence[int] = (23, 17), **settings: Any
+) -> MemoryCache:
     """A memory of some conversations, with the context cleared."""
-    memory = MemoryCache.for_model(model)
+    memory = blank(model, **settings)
     talk(model, memory, [tokens(rows, length, seed + i) for i, length in enumerate(lengths)])
     return memory
 
@@ -360,9 +385,24 @@ def assert_close(ours: Tensor, theirs: Tensor, what: str = "", tolerance: float 
         assert error < tolerance, f"{what} differs by {error:.2g}"
 
 
+def live_tensors(memory: MemoryCache | dict[str, Tensor]) -> dict[str, Tensor]:
+    """What a memory holds; of a single row without the slots that stand empty because another row had more."""
+    tensors = memory.state_dict() if isinstance(memory, MemoryCache) else memory
+    live = tensors.get("attention.0.live")
+    if live is None or live.shape[0] > 1:
+        return tensors
+    width, columns = live.shape[1], live[0].nonzero()[:, 0]
+
+    def kept(tensor: Tensor) -> Tensor:
+        axis = 2 if tensor.dim() == 4 else 1
+        return tensor.index_select(axis, columns) if tensor.dim() > 1 and tensor.shape[axis] == width else tensor
+
+    return {name: kept(tensor) for name, tensor in tensors.items()}
+
+
 def assert_same_memory(ours: MemoryCache | dict[str, Tensor], theirs: MemoryCache | dict[str, Tensor]) -> None:
     """Equal integers, and floats equal to tolerance."""
-    a, b = (m.state_dict() if isinstance(m, MemoryCache) else m for m in (ours, theirs))
+    a, b = live_tensors(ours), live_tensors(theirs)
     assert a.keys() == b.keys()
     for name, tensor in a.items():
         if tensor.is_floating_point():

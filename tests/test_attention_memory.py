@@ -1,4 +1,4 @@
-"""Memory without training: the six laws, what is kept, and what it promises."""
+"""Memory without training: what is kept, and what it promises; most laws are in test_laws."""
 
 import copy
 from dataclasses import fields
@@ -8,23 +8,22 @@ from typing import Any
 import pytest
 import torch
 from chatting import byte_tokenizer
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from models import (
     ARCHITECTURES,
-    PAD,
+    FEW_SLOTS,
     VOCABULARY,
     assert_close,
     assert_identical_memory,
     assert_same_memory,
+    blank,
     feed,
     greedy,
+    remembering,
     talk,
     tiny_model,
     tokens,
 )
-from torch import Tensor
-from transformers import BloomConfig, BloomForCausalLM, DynamicCache, GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import BloomConfig, BloomForCausalLM, DynamicCache, GPT2Config, GPT2LMHeadModel
 
 from senri_hf import MemoryCache
 from senri_hf.configuration.attention_memory import AttentionMemoryConfig
@@ -33,32 +32,9 @@ from senri_hf.memory.served import NotServedError
 from senri_hf.memory.surprise import token_surprise
 
 
-SMALL = {"slots": 24, "sinks": 2}
 CONVERSATIONS = [tokens(1, length, seed=length) for length in (23, 9, 14)]
 every_architecture = pytest.mark.parametrize("arch", sorted(ARCHITECTURES))
 MODELS = {arch: tiny_model(arch) for arch in ARCHITECTURES}
-
-
-def blank(model: PreTrainedModel, **settings: Any) -> MemoryCache:
-    return MemoryCache.for_model(model, **{**SMALL, **settings})
-
-
-@torch.no_grad()
-def remembering(model: PreTrainedModel, rows: int = 1, seed: int = 0, **settings: Any) -> MemoryCache:
-    """A memory of two conversations."""
-    memory = blank(model, **settings)
-    talk(model, memory, [tokens(rows, length, seed + length) for length in (23, 17)])
-    return memory
-
-
-def padded(rows: list[Tensor], side: str) -> dict[str, Tensor]:
-    """Rows [1, T] of different lengths as a batch with its mask and positions."""
-    longest = max(row.shape[1] for row in rows)
-    ids, mask = (torch.full((len(rows), longest), fill) for fill in (PAD, 0))
-    for index, row in enumerate(rows):
-        columns = slice(longest - row.shape[1], None) if side == "left" else slice(row.shape[1])
-        ids[index, columns], mask[index, columns] = row[0], 1
-    return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
 
 
 # What it promises.
@@ -95,7 +71,7 @@ def test_a_model_with_an_adapter_reads_both() -> None:
     from models import DEFAULTS
 
     model, ids = DEFAULTS[0].model(), tokens(1, 6, seed=9)
-    memory = blank(model)
+    memory = blank(model, **FEW_SLOTS)
     assert {type(layer).__name__ for layer in memory.memory_layers} == {"EpisodicLayer", "AttentionMemoryLayer"}
     with torch.no_grad():
         talk(model, memory, CONVERSATIONS)
@@ -148,33 +124,6 @@ def test_positions_that_are_distances_need_no_moving() -> None:
 
 
 @every_architecture
-@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=4))
-@settings(max_examples=5)
-@torch.no_grad()
-def test_pieces_give_the_logits_and_the_memory_of_the_whole(arch: str, lengths: list[int]) -> None:
-    model = MODELS[arch]
-    whole, split = blank(model), blank(model)
-    expected, logits = talk(model, whole, CONVERSATIONS), talk(model, split, CONVERSATIONS, lengths)
-    for ours, theirs in zip(logits, expected, strict=True):
-        assert_close(ours, theirs, "logits")
-    assert_same_memory(split, whole)
-    assert split.tokens_seen.tolist() == [sum(ids.shape[1] for ids in CONVERSATIONS)]
-
-
-@every_architecture
-@torch.no_grad()
-def test_greedy_generation_is_that_of_whole_texts(arch: str) -> None:
-    model, ids = MODELS[arch], tokens(1, 7, seed=11)
-    before = remembering(model)
-    memory, text = before.snapshot(), ids
-    for _ in range(10):
-        anew = before.snapshot()
-        text = torch.cat([text, feed(model, anew, text)[:, -1].argmax(-1, keepdim=True)], dim=1)
-    assert torch.equal(greedy(model, ids, memory, new=10), text[:, 7:])
-    assert_same_memory(memory, anew)
-
-
-@every_architecture
 @pytest.mark.parametrize(
     "how", [{"prompt_lookup_num_tokens": 3}, {"assistant": True}], ids=["prompt lookup", "assisted"]
 )
@@ -207,63 +156,6 @@ def test_tokens_taken_back_were_never_said() -> None:
 
 # 2. Rows are strangers.
 
-ROWS = [[tokens(1, length, seed=10 * row + turn) for turn, length in enumerate(lengths)]
-        for row, lengths in enumerate([(21, 4, 30), (6, 16, 2), (1, 9, 12)])]  # fmt: skip
-
-
-@every_architecture
-@pytest.mark.parametrize("side", ["left", "right"])
-@torch.no_grad()
-def test_a_row_in_a_padded_batch_is_as_alone(arch: str, side: str) -> None:
-    """Though rows remember different numbers of tokens."""
-    model = MODELS[arch]
-    together = blank(model)
-    batches = [padded([row[turn] for row in ROWS], side) for turn in range(3)]
-    logits = []
-    for batch in batches:
-        logits.append(model(**batch, past_key_values=together).logits)
-        together.clear_context()
-    for index, row in enumerate(ROWS):
-        alone = blank(model)
-        for turn, expected in enumerate(talk(model, alone, row)):
-            real = batches[turn]["attention_mask"][index].bool()
-            assert_close(logits[turn][index][real], expected[0], f"row {index}, conversation {turn}")
-        ours, theirs = together.attention_memory, alone.attention_memory
-        assert ours is not None and theirs is not None and ours.slots is not None and theirs.slots is not None
-        live = ours.slots.live[index]
-        for name in ("token", "number", "conversation", "surprise", "importance"):
-            assert_close(getattr(ours.slots, name)[index][live].float(), getattr(theirs.slots, name)[0].float(), name)
-
-
-@every_architecture
-@torch.no_grad()
-def test_left_padded_generation_of_a_row_is_as_alone(arch: str) -> None:
-    model, rows = MODELS[arch], [row[1] for row in ROWS]
-    batch = padded(rows, "left")
-    before = remembering(model, rows=3)
-    texts = greedy(model, batch["input_ids"], before.snapshot(), attention_mask=batch["attention_mask"])
-    for index, row in enumerate(rows):
-        assert torch.equal(greedy(model, row, before.select_rows([index]))[0], texts[index])
-
-
-@torch.no_grad()
-def test_moved_rows_carry_their_own_memory() -> None:
-    """Reordered, selected and repeated rows, in an open conversation, go on as they would have."""
-    model, ids = MODELS["llama"], tokens(3, 6, seed=31)
-    memory = remembering(model, rows=3)
-    feed(model, memory, tokens(3, 7, seed=30))
-    after = memory.snapshot()
-    expected = feed(model, after, ids)
-    for rows, move in (
-        ([2, 0, 0], lambda m: m.reorder_cache(torch.tensor([2, 0, 0]))),
-        ([1, 2], lambda m: m.batch_select_indices(torch.tensor([1, 2]))),
-        ([0, 0, 1, 1, 2, 2], lambda m: m.batch_repeat_interleave(2)),
-    ):
-        moved = memory.snapshot()
-        move(moved)
-        assert_close(feed(model, moved, ids[rows]), expected[rows])
-        assert_same_memory(moved, after.select_rows(rows))
-
 
 @torch.no_grad()
 def test_beams_have_memories_of_their_own() -> None:
@@ -281,50 +173,7 @@ def test_beams_have_memories_of_their_own() -> None:
         assert_same_memory(memory.select_rows([index]), alone)
 
 
-@torch.no_grad()
-def test_another_number_of_rows_and_packed_documents_are_refused() -> None:
-    model = MODELS["llama"]
-    memory = remembering(model, rows=2)
-    before = memory.state_dict()
-    with pytest.raises(ValueError, match=r"2 row\(s\).*fork"):
-        feed(model, memory, tokens(3, 4))
-    with pytest.raises(ValueError, match="packed"):
-        feed(model, blank(model), tokens(1, 7), position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2]]))
-    assert_identical_memory(memory.state_dict(), before)
-
-
-# 3. A token never reads the future.
-
-
-@every_architecture
-@torch.no_grad()
-def test_a_token_changes_nothing_before_it(arch: str) -> None:
-    model, ids = MODELS[arch], tokens(1, 15, seed=13)
-    memory = remembering(model)
-    for place in (0, 6, 14):
-        other = ids.clone()
-        other[0, place] = 3 + (ids[0, place] + 1) % 90
-        a, b = feed(model, memory.snapshot(), ids), feed(model, memory.snapshot(), other)
-        assert torch.equal(a[:, :place], b[:, :place]) and not torch.equal(a[:, place], b[:, place])
-
-
 # 4. Memory is data.
-
-
-@every_architecture
-@torch.no_grad()
-def test_a_saved_memory_continues_as_the_memory_itself(arch: str, tmp_path: Path) -> None:
-    """In another copy of the model, with the settings that it was made with."""
-    model, ids = MODELS[arch], tokens(2, 7, seed=15)
-    memory = remembering(model, rows=2)
-    feed(model, memory, tokens(2, 8, seed=16))
-    memory.save_pretrained(tmp_path)
-    memory.clear_context()
-    elsewhere = copy.deepcopy(model)
-    loaded = MemoryCache.from_pretrained(tmp_path, model=elsewhere)
-    assert_identical_memory(loaded.state_dict(), memory.state_dict())
-    assert loaded.attention_memory is not None and loaded.attention_memory.config == AttentionMemoryConfig(**SMALL)
-    assert torch.equal(greedy(elsewhere, ids, loaded), greedy(model, ids, memory))
 
 
 @torch.no_grad()
@@ -380,7 +229,7 @@ def test_memory_does_not_grow_with_what_was_said() -> None:
     for turn in range(12):
         talk(model, memory, [tokens(1, 40, seed=turn)])
         sizes.append(memory.nbytes)
-        assert memory.layers[0].columns <= SMALL["slots"] and memory.get_seq_length() == 0
+        assert memory.layers[0].columns <= FEW_SLOTS["slots"] and memory.get_seq_length() == 0
     assert len(set(sizes[2:])) == 1
 
 
@@ -402,18 +251,6 @@ def test_with_an_empty_memory_the_model_is_the_base_model(arch: str) -> None:
         input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=10, do_sample=False, eos_token_id=None
     )
     assert torch.equal(greedy(model, ids, blank(model), new=10), plain[:, 9:])
-
-
-@torch.no_grad()
-def test_read_only_changes_nothing() -> None:
-    model = MODELS["llama"]
-    memory = remembering(model)
-    before, seen = memory.state_dict(), memory.tokens_seen.tolist()
-    with memory.read_only():
-        feed(model, memory, tokens(1, 13, seed=24), [6])
-    memory.clear_context()
-    assert_identical_memory(memory.state_dict(), before)
-    assert memory.tokens_seen.tolist() == seen
 
 
 # What is kept.

@@ -21,10 +21,12 @@ from models import (
     SETTINGS,
     SMALL,
     SUBJECTS,
+    WITHOUT_TRAINING,
     Subject,
     assert_close,
     assert_identical_memory,
     assert_same_memory,
+    blank,
     feed,
     greedy,
     padded,
@@ -43,10 +45,13 @@ from senri_hf.memory import file
 from senri_hf.memory.owner import owners
 
 
-every_subject = pytest.mark.parametrize("subject", SUBJECTS + BUILT_IN_SUBJECTS, ids=str)
+every_subject = pytest.mark.parametrize("subject", SUBJECTS + BUILT_IN_SUBJECTS + WITHOUT_TRAINING, ids=str)
+every_state = pytest.mark.parametrize("subject", SUBJECTS + BUILT_IN_SUBJECTS, ids=str)  # other than keys and values
 every_adapter = pytest.mark.parametrize("subject", SUBJECTS, ids=str)
-every_setting = pytest.mark.parametrize("subject", LLAMA + BUILT_IN_SUBJECTS, ids=str)
-every_mechanism = pytest.mark.parametrize("subject", DEFAULTS, ids=str)
+every_setting = pytest.mark.parametrize("subject", LLAMA + BUILT_IN_SUBJECTS + WITHOUT_TRAINING[:1], ids=str)
+every_setting_of_states = pytest.mark.parametrize("subject", LLAMA + BUILT_IN_SUBJECTS, ids=str)
+every_adapter_mechanism = pytest.mark.parametrize("subject", DEFAULTS, ids=str)
+every_mechanism = pytest.mark.parametrize("subject", DEFAULTS + WITHOUT_TRAINING[:1], ids=str)
 CONVERSATIONS = [tokens(1, length, seed=length) for length in (23, 9, 14)]
 pieces = st.lists(st.integers(1, 9), min_size=1, max_size=5)
 
@@ -90,7 +95,7 @@ def test_token_by_token_gives_the_logits_and_the_memory_of_the_whole(subject: Su
 
 def assert_splitting_changes_nothing(subject: Subject, lengths: list[int]) -> None:
     model = subject.model()
-    whole, split = MemoryCache.for_model(model), MemoryCache.for_model(model)
+    whole, split = blank(model), blank(model)
     expected, logits = talk(model, whole, CONVERSATIONS), talk(model, split, CONVERSATIONS, lengths)
     for ours, theirs in zip(logits, expected, strict=True):
         assert_close(ours, theirs, "logits")
@@ -103,7 +108,7 @@ def assert_splitting_changes_nothing(subject: Subject, lengths: list[int]) -> No
 def test_a_conversation_longer_than_what_can_be_taken_back_splits_too(subject: Subject) -> None:
     """Old tokens are taken in without a journal; that changes nothing."""
     model, ids = subject.model(), [tokens(1, 171, seed=3), tokens(1, 8, seed=4)]
-    whole, split = MemoryCache.for_model(model), MemoryCache.for_model(model)
+    whole, split = blank(model), blank(model)
     for ours, theirs in zip(talk(model, split, ids, [67, 1, 30]), talk(model, whole, ids), strict=True):
         assert_close(ours, theirs, "logits")
     assert_same_memory(split, whole)
@@ -132,7 +137,7 @@ def test_pieces_give_the_gradients_of_the_whole(subject: Subject, lengths: list[
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
 
     def gradients(split: list[int] | None) -> dict[str, Tensor | None]:
-        memory = MemoryCache.for_model(model)
+        memory = blank(model)
         talk(model, memory, CONVERSATIONS[:2], split)
         logits = feed(model, memory, question, split)
         loss = torch.nn.functional.cross_entropy(logits[0, :-1], question[0, 1:])
@@ -161,14 +166,14 @@ ROWS = [[tokens(1, length, seed=10 * row + turn) for turn, length in enumerate(l
 def test_a_row_in_a_padded_batch_is_as_alone(subject: Subject, side: str) -> None:
     """Logits and memory, over two conversations of different lengths."""
     model = subject.model()
-    together = MemoryCache.for_model(model)
+    together = blank(model)
     batches = [padded([row[turn] for row in ROWS], side) for turn in range(2)]
     logits = []
     for batch in batches:
         logits.append(model(**batch, past_key_values=together).logits)
         together.clear_context()
     for index, row in enumerate(ROWS):
-        alone = MemoryCache.for_model(model)
+        alone = blank(model)
         for turn, expected in enumerate(talk(model, alone, row)):
             real = batches[turn]["attention_mask"][index].bool()
             assert_close(logits[turn][index][real], expected[0], f"row {index}, conversation {turn}")
@@ -191,14 +196,14 @@ def test_left_padded_generation_of_a_row_is_as_alone(subject: Subject) -> None:
         assert_same_memory(together.select_rows([index]), alone)
 
 
-@every_setting
+@every_setting_of_states
 @torch.no_grad()
 def test_another_row_changes_nothing_bit_for_bit(subject: Subject) -> None:
     """Only what the first row says counts for the first row."""
     model, shared = subject.model(), [tokens(1, length, seed=length) for length in (17, 9)]
     seen = []
     for seed in (50, 60):
-        memory = MemoryCache.for_model(model)
+        memory = blank(model)
         others = [tokens(1, ids.shape[1], seed=seed + ids.shape[1]) for ids in shared]
         logits = talk(model, memory, [torch.cat(pair) for pair in zip(shared, others, strict=True)])
         seen.append((logits, memory.select_rows([0]).state_dict()))
@@ -230,7 +235,7 @@ def test_moved_rows_carry_their_own_memory(subject: Subject, is_open: bool) -> N
         assert_same_memory(moved, expected_memory.select_rows(rows))
 
 
-@every_mechanism
+@every_adapter_mechanism
 @torch.no_grad()
 def test_every_beam_carries_its_own_memory(subject: Subject) -> None:
     """After beam search each row of the cache holds the memory of the text that it says it read."""
@@ -282,7 +287,7 @@ def test_packed_documents_are_refused(subject: Subject, by: str) -> None:
     if by == "cu_seq_lens_q":
         lengths = torch.tensor([0, 4, 7], dtype=torch.int32)
         kwargs |= {"cu_seq_lens_q": lengths, "cu_seq_lens_k": lengths, "max_length_q": 4, "max_length_k": 4}
-    memory = MemoryCache.for_model(model)
+    memory = blank(model)
     with pytest.raises(ValueError, match="packed"):
         model(input_ids=tokens(1, 7), past_key_values=memory, use_cache=True, **kwargs)
     assert memory.state_dict() == {}
@@ -326,7 +331,7 @@ def test_a_conversation_reads_what_came_before_it_only(subject: Subject) -> None
     with again.read_only():
         reading = feed(model, again, ids)
     writing = feed(model, memory, ids)
-    first = feed(model, MemoryCache.for_model(model), ids)
+    first = feed(model, blank(model), ids)
     with model.disable_adapter():
         base = model(input_ids=ids, use_cache=True).logits
     if not subject.remembers:
@@ -389,7 +394,7 @@ def in_bfloat16(model: PeftModel) -> PeftModel:
     return other
 
 
-@every_subject
+@every_state
 @torch.no_grad()
 def test_a_memory_moves_between_dtypes(subject: Subject, tmp_path: Path) -> None:
     """Bit for bit, and read alike, from float32 to bfloat16 and back."""
@@ -425,7 +430,7 @@ MISFITS: dict[str, tuple[Callable[[Subject], PeftModel], str]] = {
 }
 
 
-@every_mechanism
+@every_adapter_mechanism
 @pytest.mark.parametrize("misfit", MISFITS)
 def test_a_memory_of_another_model_is_refused(subject: Subject, misfit: str, tmp_path: Path) -> None:
     """With what differs."""
@@ -654,7 +659,7 @@ def held_storage(layer: Any) -> int:
     return sum(storages.values())
 
 
-@every_setting
+@every_setting_of_states
 @pytest.mark.parametrize("way", ["whole", "pieces", "read only", "padding"])
 @torch.no_grad()
 def test_memory_does_not_grow_with_what_is_read(subject: Subject, way: str) -> None:
@@ -683,12 +688,12 @@ def test_memory_does_not_grow_with_what_is_read(subject: Subject, way: str) -> N
     assert context[2] > 10 * context[0] or context[2] == 0
 
 
-@every_setting
+@every_setting_of_states
 @torch.no_grad()
 def test_memory_between_conversations_has_one_size(subject: Subject) -> None:
     """However many there were."""
     model = subject.model()
-    memory, sizes = MemoryCache.for_model(model), set()
+    memory, sizes = blank(model), set()
     for turn in range(4):
         talk(model, memory, [tokens(1, 30 * turn + 3, seed=turn)])
         sizes.add(memory.nbytes)
@@ -718,7 +723,7 @@ def test_without_memory_the_model_is_the_base_model(subject: Subject) -> None:
     assert torch.equal(model(input_ids=ids, use_cache=True).logits, expected_cached)
     memory.reset_memory()
     first = slice(max(0, subject.reads_nothing_for - 1) if subject.reads_own_conversation else None)
-    for empty in (memory, MemoryCache.for_model(model)):
+    for empty in (memory, blank(model)):
         if ids[:, first].shape[1]:
             assert torch.equal(feed(model, empty, ids[:, first]), base_logits(model, ids[:, first]))
 
@@ -741,7 +746,7 @@ def test_generation_with_an_empty_memory_is_the_base_models(subject: Subject) ->
         assert torch.equal(greedy(model, ids, memory, new=10), expected)
         assert memory.state_dict() == {}
     if subject.remembers and not subject.reads_own_conversation:
-        assert torch.equal(greedy(model, ids, MemoryCache.for_model(model), new=10), expected)
+        assert torch.equal(greedy(model, ids, blank(model), new=10), expected)
 
 
 @every_adapter

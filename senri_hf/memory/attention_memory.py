@@ -159,7 +159,8 @@ def keep_best(slots: Slots, config: AttentionMemoryConfig) -> tuple[Slots, Tenso
             )
     scores = score(slots, config).masked_fill(slots.number < config.sinks, torch.inf)
     scores = scores.masked_fill(~slots.live, -torch.inf)
-    best = scores.topk(min(config.slots, slots.size), dim=1).indices
+    # Stable, as a token is exactly as important as the one that it goes with: of equals the older ones stay.
+    best = scores.argsort(dim=1, descending=True, stable=True)[:, : config.slots]
     live = slots.live.gather(1, best)
     ordered = torch.where(live, best, -1).sort(dim=1).values
     width = int(live.sum(1).max()) if live.numel() else 0

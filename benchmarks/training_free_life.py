@@ -110,7 +110,7 @@ def cost(reader: Reader, slots: int) -> dict[str, float]:
     """What ending a conversation takes, and decoding from memory beside a plain cache that is as long."""
     model, tokenizer = reader.model, reader.tokenizer
     text = prose(tokenizer, 128).flatten()
-    full = senri_hf.MemoryCache.for_model(model, slots=slots, keep_share=1.0, min_importance=0.0)
+    full = senri_hf.MemoryCache.for_model(model, slots=slots, keep_share=1.0, min_surprise=0.0)
     model(input_ids=text[None, : slots + 64], past_key_values=full, logits_to_keep=1)
     full.clear_context()
     context = DynamicCache(config=model.config)

@@ -24,20 +24,25 @@ from senri_hf.training import tell
 
 
 SEED = 777
-SETTINGS: list[dict[str, Any]] = [
-    {"policy": "all"},
-    {},
-    {"min_importance": 0.05},
-    {"min_importance": 2.0},
-    {"span": 0},
-    {"span": 2},
-    {"keep_share": 0.3},
-    {"keep_share": 1.0},
-    {"sinks": 0},
-    {"merge_similarity": 2.0},
+PLAIN = {"sharpness": 1.0}
+EACH: list[dict[str, Any]] = [
+    {"sharpness": 1.4},
+    {"slots": 64, "sharpness": 1.4},
     {"slots": 64},
-    {"slots": 64, "min_importance": 0.05},
+    {},
+    PLAIN,
+    {"policy": "all", **PLAIN},
+    {"policy": "all"},
+    {"span": 0},
+    {"span": 3},
+    {"min_surprise": 0.0},
+    {"keep_share": 0.3},
 ]
+ONE: list[dict[str, Any]] = [{"policy": "all", **PLAIN}, PLAIN, {}]
+
+
+def name_of(settings: dict[str, Any]) -> str:
+    return ", ".join(f"`{name}={value}`" for name, value in settings.items()) or "defaults"
 
 
 def together(batch: list[Episode]) -> list[Any]:
@@ -102,7 +107,7 @@ def measure(reader: Reader, told: str, settings: dict[str, Any], count: int) -> 
         nats += found[1]
     return {
         "told": told,
-        "settings": ", ".join(f"`{name}={value}`" for name, value in settings.items()) or "defaults",
+        "settings": name_of(settings),
         "recall": sum(right) / len(right),
         "answers": len(right),
         "nats": sum(nats) / len(nats),
@@ -120,13 +125,13 @@ def main() -> None:
     args = parser.parse_args()
     model, tokenizer = senri_hf.load_base(args.model, dtype=args.dtype)
     reader = Reader(model.eval(), tokenizer, sentence_ends(tokenizer))
-    planned = [("one conversation", settings) for settings in SETTINGS[:2]]
-    planned += [("a conversation each", settings) for settings in SETTINGS]
+    planned = [("a conversation each", settings) for settings in EACH]
+    planned += [("one conversation", settings) for settings in ONE]
     for told, settings in planned:
         results = json.loads(args.output.read_text()) if args.output.exists() else {}
         rows = results.setdefault("sweep", {}).setdefault(args.model, [])
-        name = ", ".join(f"`{key}={value}`" for key, value in settings.items()) or "defaults"
-        if any((row["told"], row["settings"], row["answers"]) == (told, name, 5 * args.episodes) for row in rows):
+        wanted = (told, name_of(settings), 5 * args.episodes)
+        if any((row["told"], row["settings"], row["answers"]) == wanted for row in rows):
             continue
         rows.append(measure(reader, told, settings, args.episodes))
         save(results, args.output)

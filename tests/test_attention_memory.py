@@ -46,7 +46,7 @@ MODELS = {arch: tiny_model(arch) for arch in ARCHITECTURES}
 def test_with_everything_kept_the_logits_are_those_of_one_context(arch: str, lengths: list[int]) -> None:
     """One conversation remembered and the next one, as if it went on; sliding windows included."""
     model, ids = MODELS[arch], tokens(2, sum(lengths), seed=4)
-    memory = blank(model, policy="all", slots=sum(lengths))
+    memory = blank(model, policy="all", slots=sum(lengths), sharpness=1.0)
     feed(model, memory, ids[:, : lengths[0]])
     memory.clear_context()
     assert memory.get_seq_length() == 0
@@ -271,7 +271,7 @@ def said(surprise: list[float], **columns: Any) -> Said:
 
 def after(conversations: list[Said], **settings: Any) -> Slots:
     config = AttentionMemoryConfig(
-        **{"slots": 8, "sinks": 0, "span": 0, "keep_share": 1.0, "decay_rate": 1.0, **settings}
+        **{"slots": 8, "sinks": 0, "span": 0, "keep_share": 1.0, "decay_rate": 1.0, "min_surprise": 0.0, **settings}
     )
     slots = Slots.empty(1, 0, torch.device("cpu"))
     for conversation in conversations:
@@ -330,6 +330,23 @@ def check_min_importance() -> None:
     assert kept(said(A), said(B), min_importance=2.5, decay_rate=0.3) == [1, 5, 7]
 
 
+def check_min_surprise() -> None:
+    """What was taken in stays, though it fades."""
+    assert kept(said(A), min_surprise=2.5) == [1, 3, 4]
+    assert kept(said(A), said(B), min_surprise=2.5, decay_rate=0.3) == [1, 3, 4, 5, 7]
+
+
+def check_sharpness() -> None:
+    """The scores of remembered tokens are so many times as high."""
+    model, queries = MODELS["llama"], torch.randn(1, 2, 5, 8, generator=torch.Generator().manual_seed(0))
+    memories = [blank(model, sharpness=factor) for factor in (1.0, 2.0)]
+    for memory in memories:
+        talk(model, memory, CONVERSATIONS[:1])
+    plain, sharp = (memory.layers[1] for memory in memories)
+    assert torch.equal(sharp.values, plain.values) and torch.equal(sharp.memory_keys, plain.memory_keys)
+    assert_close(queries @ sharp.keys.transpose(2, 3), 2 * queries @ plain.keys.transpose(2, 3))
+
+
 def check_merge_similarity() -> None:
     """What is said again in the same words is not stored again, and lasts."""
     model = MODELS["llama"]
@@ -372,6 +389,7 @@ def test_every_setting_does_what_it_says(name: str) -> None:
         ({"policy": "best"}, "policy='best'.*surprise"),
         ({"keep_share": 0}, "keep_share=0"),
         ({"keep_share": 1.5}, "keep_share=1.5"),
+        ({"sharpness": 0.0}, "sharpness=0"),
         ({"decay_rate": float("nan")}, "decay_rate=nan"),
         ({"span": True}, "span=True"),
         ({"sinks": 30, "slots": 30}, "sinks=30.*no room"),
@@ -391,7 +409,7 @@ def test_surprise_is_the_models_negative_log_likelihood(arch: str) -> None:
     out = model(input_ids=ids, output_hidden_states=True)
     expected = torch.nn.functional.cross_entropy(out.logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
     assert_close(token_surprise(model, out.hidden_states[-1][:, :-1], ids[:, 1:]), expected)
-    memory = blank(model, keep_share=1.0, span=0, min_importance=0.0)
+    memory = blank(model, keep_share=1.0, span=0, min_importance=0.0, min_surprise=0.0)
     talk(model, memory, [ids])
     layer = memory.attention_memory
     assert layer is not None and layer.slots is not None

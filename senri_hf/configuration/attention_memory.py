@@ -20,6 +20,7 @@ class AttentionMemoryConfig:
             any, for comparison; `"all"`: everything, and an error when it does not fit.
         keep_share: Share in (0, 1] of a conversation's tokens that may stay, the most important ones, for
             `policy="surprise"` and `"random"`. Even where there is room, less is remembered better.
+        min_surprise: A token less surprising than this, in nats, is not taken in by `policy="surprise"`.
         span: Tokens after a surprising one that are as important as it is: a name is often several tokens, of which
             only the first surprises.
         sinks: The first tokens of a memory's life, which stay for good: attention needs somewhere to rest.
@@ -27,16 +28,20 @@ class AttentionMemoryConfig:
         min_importance: A token less important than this, in nats, is forgotten.
         merge_similarity: Cosine similarity of values from which on a token is the same as a stored one with the same
             id; the stored one then becomes as important as the new one, which is not stored again. Above 1 nothing is.
+        sharpness: Factor on the score that attention gives to a remembered token, as an inverse temperature. 1 reads
+            memory as the context that it was; above 1 more of what is read comes from the tokens that fit best.
     """
 
     slots: int = field(default=512, metadata={"help": "Tokens that memory holds at most."})
     policy: str = field(default="surprise", metadata={"help": f"What is kept, one of {POLICIES}."})
     keep_share: float = field(default=0.5, metadata={"help": "Share of a conversation's tokens that may stay."})
+    min_surprise: float = field(default=2.0, metadata={"help": "Less surprising tokens are not taken in."})
     span: int = field(default=1, metadata={"help": "Tokens after a surprising one that go with it."})
     sinks: int = field(default=4, metadata={"help": "First tokens of all, which stay for good."})
     decay_rate: float = field(default=0.99, metadata={"help": "Importance retained per conversation boundary."})
     min_importance: float = field(default=0.05, metadata={"help": "Less important tokens are forgotten."})
     merge_similarity: float = field(default=0.95, metadata={"help": "Cosine from which a token is a stored one."})
+    sharpness: float = field(default=1.2, metadata={"help": "Factor on the scores of remembered tokens."})
 
     def __post_init__(self) -> None:
         for name, least in (("slots", 1), ("span", 0), ("sinks", 0)):
@@ -49,13 +54,15 @@ class AttentionMemoryConfig:
         for name, lowest, highest in (
             ("keep_share", 0.0, 1.0),
             ("decay_rate", 0.0, 1.0),
+            ("min_surprise", 0.0, infinity),
             ("min_importance", 0.0, infinity),
             ("merge_similarity", -1.0, infinity),
+            ("sharpness", 0.0, infinity),
         ):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or isinstance(value, bool) or not lowest <= value <= highest:
                 raise ValueError(f"{name}={value!r} was given, but {name} must be a number from {lowest} to {highest}")
-        for name in ("keep_share", "decay_rate"):
+        for name in ("keep_share", "decay_rate", "sharpness"):
             if getattr(self, name) == 0:
                 raise ValueError(f"{name}=0 was given, but {name} must be more than 0")
         if self.sinks >= self.slots:

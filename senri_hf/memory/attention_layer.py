@@ -171,7 +171,8 @@ class AttentionMemoryLayer(MemoryLayer):
             if layout is None or kept is None or not slots.size:
                 layer.forget()
                 continue
-            layer.remember(*kept, layout.rotate(kept[0], positions, self.rotary))
+            # A key that is longer by a factor scores higher by it, whatever the attention kernel.
+            layer.remember(*kept, layout.rotate(kept[0], positions, self.rotary) * self.config.sharpness)
 
     # What attention is told.
 

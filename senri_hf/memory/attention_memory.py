@@ -83,7 +83,8 @@ def consolidate(slots: Slots, said: Said, config: AttentionMemoryConfig) -> tupl
     old = reinforce(old, new, said.same)
     unknown = written
     if config.policy == "surprise":
-        unknown = unknown & (said.same < 0) & (new.importance >= config.min_importance)
+        least = max(config.min_surprise, config.min_importance)
+        unknown = unknown & (said.same < 0) & (new.importance >= least)
     if config.policy in ("surprise", "random"):
         unknown = best_share(unknown, written, score(new, config), config.keep_share)
     joined = replace(

@@ -200,8 +200,12 @@ def measure(reader: Reader, run: Run) -> dict[int, dict[str, Any]]:
             row["seconds"] += time.perf_counter() - started
             row["said"] += [[q.messages[-1]["content"], q.reply, reply] for q, reply in pairs[:3]]
     for row in found.values():
-        row["answers"], row["recall"] = len(row["right"]), sum(row.pop("right")) / len(row["right"])
-        row["free"] = sum(row["free"]) / len(row["free"]) if row["free"] else None
+        right, free = row.pop("right"), row.pop("free")
+        row |= {
+            "recall": sum(right) / len(right),
+            "answers": len(right),
+            "free": sum(free) / len(free) if free else None,
+        }
         row["bytes"] /= run.episodes
         row |= {"episodes": run.episodes, "said": row["said"][:6]}
     return found

@@ -26,19 +26,19 @@ from senri_hf.training import tell
 SEED = 777
 PLAIN = {"sharpness": 1.0}
 EACH: list[dict[str, Any]] = [
-    {"sharpness": 1.4},
-    {"slots": 64, "sharpness": 1.4},
-    {"slots": 64},
     {},
+    {"slots": 64},
+    {"slots": 64, "sharpness": 1.2},
+    {"sharpness": 1.2},
     PLAIN,
-    {"policy": "all", **PLAIN},
     {"policy": "all"},
+    {"policy": "all", "sharpness": 1.4},
     {"span": 0},
     {"span": 3},
     {"min_surprise": 0.0},
     {"keep_share": 0.3},
 ]
-ONE: list[dict[str, Any]] = [{"policy": "all", **PLAIN}, PLAIN, {}]
+ONE: list[dict[str, Any]] = [{"policy": "all"}, PLAIN, {}]
 
 
 def name_of(settings: dict[str, Any]) -> str:

@@ -46,7 +46,7 @@ MODELS = {arch: tiny_model(arch) for arch in ARCHITECTURES}
 def test_with_everything_kept_the_logits_are_those_of_one_context(arch: str, lengths: list[int]) -> None:
     """One conversation remembered and the next one, as if it went on; sliding windows included."""
     model, ids = MODELS[arch], tokens(2, sum(lengths), seed=4)
-    memory = blank(model, policy="all", slots=sum(lengths), sharpness=1.0)
+    memory = blank(model, policy="all", slots=sum(lengths))
     feed(model, memory, ids[:, : lengths[0]])
     memory.clear_context()
     assert memory.get_seq_length() == 0

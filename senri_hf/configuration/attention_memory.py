@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
 
+SHARPNESS = 1.4  # what the sweep of benchmarks/training_free_settings.py favours
 POLICIES = ("surprise", "recent", "random", "all")
 
 
@@ -29,7 +30,8 @@ class AttentionMemoryConfig:
         merge_similarity: Cosine similarity of values from which on a token is the same as a stored one with the same
             id; the stored one then becomes as important as the new one, which is not stored again. Above 1 nothing is.
         sharpness: Factor on the score that attention gives to a remembered token, as an inverse temperature. 1 reads
-            memory as the context that it was; above 1 more of what is read comes from the tokens that fit best.
+            memory as the context that it was; above 1 more of what is read comes from the tokens that fit best. None
+            stands for 1.4, and for 1 with `policy="all"`, which is to be that context.
     """
 
     slots: int = field(default=512, metadata={"help": "Tokens that memory holds at most."})
@@ -41,7 +43,7 @@ class AttentionMemoryConfig:
     decay_rate: float = field(default=0.99, metadata={"help": "Importance retained per conversation boundary."})
     min_importance: float = field(default=0.05, metadata={"help": "Less important tokens are forgotten."})
     merge_similarity: float = field(default=0.95, metadata={"help": "Cosine from which a token is a stored one."})
-    sharpness: float = field(default=1.2, metadata={"help": "Factor on the scores of remembered tokens."})
+    sharpness: float | None = field(default=None, metadata={"help": "Factor on the scores of remembered tokens."})
 
     def __post_init__(self) -> None:
         for name, least in (("slots", 1), ("span", 0), ("sinks", 0)):
@@ -50,6 +52,8 @@ class AttentionMemoryConfig:
                 raise ValueError(f"{name}={value!r} was given, but {name} must be a whole number of at least {least}")
         if self.policy not in POLICIES:
             raise ValueError(f"policy={self.policy!r} was given, but policy must be one of {POLICIES}")
+        if self.sharpness is None:
+            self.sharpness = 1.0 if self.policy == "all" else SHARPNESS
         infinity = float("inf")
         for name, lowest, highest in (
             ("keep_share", 0.0, 1.0),

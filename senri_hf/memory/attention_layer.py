@@ -172,7 +172,7 @@ class AttentionMemoryLayer(MemoryLayer):
                 layer.forget()
                 continue
             # A key that is longer by a factor scores higher by it, whatever the attention kernel.
-            layer.remember(*kept, layout.rotate(kept[0], positions, self.rotary) * self.config.sharpness)
+            layer.remember(*kept, layout.rotate(kept[0], positions, self.rotary) * (self.config.sharpness or 1.0))
 
     # What attention is told.
 

@@ -545,7 +545,7 @@ def attention_memory(
     base: PreTrainedModel = whole.get_base_model() if hasattr(whole, "get_base_model") else whole
 
     def remembers(ids: Tensor, layouts: list[Any], rotary: Any) -> MemoryCache:
-        everything = AttentionMemoryConfig(slots=ids.shape[1], policy="all", sinks=0, sharpness=1.0)
+        everything = AttentionMemoryConfig(slots=ids.shape[1], policy="all", sinks=0)
         memory = cache_class(base.config, [AttentionMemoryLayer(everything, base, layouts, rotary)])
         base(input_ids=ids, past_key_values=memory)
         memory.clear_context()

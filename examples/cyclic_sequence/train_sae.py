@@ -41,6 +41,13 @@ def task_of(model_folder: Path) -> tuple[CyclicSequence, dict[str, Any]]:
     return CyclicSequence(settings["symbols"], settings["hold"]), settings
 
 
+def write_results(args: argparse.Namespace, found: dict[str, Any]) -> None:
+    """What a run found, below its settings, as `results.json` in `--output`."""
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / "results.json").write_text(json.dumps({"settings": settings, **found}, indent=1) + "\n")
+
+
 def batches(rows: list[list[int]]) -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": torch.tensor(rows[start : start + ROWS])} for start in range(0, len(rows), ROWS)]
 
@@ -56,15 +63,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", type=Path, default=Path("checkpoints/cyclic"), help="folder that train_cyclic.py wrote")
-    add("--layer", type=int, default=1, help="the residual stream after this layer is looked at")
+    add("--layer", type=int, default=0, help="the residual stream after this layer is looked at")
     add("--contexts", choices=("windows", "wrong"), default="windows")
     add("--variant", choices=VARIANTS, default="topk")
-    add("--expansion-factor", type=float, default=0.5, help="latents per dimension; 28 things are to be told apart")
+    add("--expansion-factor", type=float, default=0.5, help="latents per dimension")
     add("--k", type=int, default=4, help="active latents, for topk and batchtopk")
     add("--sparsity-coefficient", type=float, default=0.1, help="penalty, for relu, jumprelu and gated")
-    add("--steps", type=int, default=3000)
+    add("--steps", type=int, default=6000)
     add("--batch-size", type=int, default=360, help="activations of a step")
-    add("--lr", type=float, default=3e-3)
+    add("--lr", type=float, default=1e-2)
     add("--seed", type=int, default=0)
     add("--output", type=Path, default=Path("checkpoints/cyclic-sae"))
     args = parser.parse_args()
@@ -107,7 +114,7 @@ def main() -> None:
             learning_rate=args.lr,
             lr_scheduler_type="cosine",
             sparsity_warmup_steps=args.steps // 4,
-            resample_every=max(1, args.steps // 15),
+            resample_every=max(1, args.steps // 60),
             find_dead_every=20,
             logging_steps=max(1, args.steps // 40),
             save_strategy="no",
@@ -121,12 +128,8 @@ def main() -> None:
     trainer.train()
     sae.eval().save_pretrained(args.output)
 
-    result = {
-        "settings": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
-        "windows": measure(model, module, sae, windows),
-        "unseen": measure(model, module, sae, unseen),
-    }
-    (args.output / "results.json").write_text(json.dumps(result, indent=1) + "\n")
+    result = {name: measure(model, module, sae, rows) for name, rows in (("windows", windows), ("unseen", unseen))}
+    write_results(args, result)
 
     logged = [entry for entry in trainer.state.log_history if "l0" in entry]
     plots.training_curves(

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -129,6 +130,7 @@ def run_train(arguments: argparse.Namespace) -> int:
         module_activations,
     )
 
+    began = time.perf_counter()
     model, tokenizer = load(arguments)
     set_seed(arguments.seed)
     training, _ = pieces(arguments, tokenizer)
@@ -168,7 +170,9 @@ def run_train(arguments: argparse.Namespace) -> int:
     last = get_last_checkpoint(str(arguments.output)) if arguments.resume and arguments.output.is_dir() else None
     trainer.train(resume_from_checkpoint=last)
     trainer.save_model()
-    write(arguments.output / "training.json", trainer.state.log_history)
+    # Of this run, with the time to load the model and to read the text; a resumed one does not know the time before.
+    seconds = time.perf_counter() - began
+    write(arguments.output / "training.json", {"seconds": seconds, "log": trainer.state.log_history})
     print(f"{arguments.output}")
     return 0
 

@@ -1,8 +1,7 @@
 """Interventions: what a model does when latents of one of its modules are other than they were."""
 
 import contextlib
-import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +24,7 @@ class Edit:
         mode: `"scale"`: times `value`. `"clamp"`: set to `value`. `"add"`: plus `value`. `"ablate"`: set to 0.
             `"patch"`: set to what they were in another run, `value` [T, latents] or [B, T, latents] by column of the
             text; columns that it does not have are left as they are.
-        value: A number, or the tensor of a patch; None for `"ablate"`.
+        value: A number, or a tensor [latents] with one for each, or the tensor of a patch; None for `"ablate"`.
     """
 
     latents: int | Sequence[int]
@@ -45,6 +44,11 @@ class Edit:
         elif self.mode == "ablate":
             if self.value is not None:
                 raise ValueError(f"mode='ablate' takes no value, but {self.value!r} was given")
+        elif isinstance(self.value, Tensor):
+            if self.value.shape != (len(self.indices),):
+                raise ValueError(
+                    f"mode={self.mode!r} has a value {list(self.value.shape)}, but {len(self.indices)} latents are named"
+                )
         elif isinstance(self.value, bool) or not isinstance(self.value, (int, float)):
             raise ValueError(f"mode={self.mode!r} needs a number as value, not {self.value!r}")
 
@@ -57,12 +61,13 @@ class Edit:
         """New values [B, T, n] of this edit's latents [B, T, n]."""
         if self.mode == "ablate":
             return torch.zeros_like(latents)
-        if isinstance(self.value, Tensor):
+        if self.mode == "patch":
             return self._patched(latents, columns)
         assert self.value is not None
+        value = self.value.to(latents) if isinstance(self.value, Tensor) else self.value
         if self.mode == "clamp":
-            return torch.full_like(latents, self.value)
-        return latents * self.value if self.mode == "scale" else latents + self.value
+            return torch.zeros_like(latents) + value
+        return latents * value if self.mode == "scale" else latents + value
 
     def _patched(self, latents: Tensor, columns: Columns) -> Tensor:
         assert isinstance(self.value, Tensor)
@@ -87,6 +92,7 @@ def intervene(
     positions: Positions = "all",
     rows: Sequence[int] | None = None,
     keep_error: bool = True,
+    direction_seed: int | None = None,
     prompt_length: int | None = None,
 ) -> Iterator[None]:
     """Inside, the model runs with edited latents: in `forward()` and `generate()`, with a cache or without.
@@ -105,6 +111,8 @@ def intervene(
         rows: Rows of the prompt batch; all when None. Where `generate()` repeats rows (beams, return sequences), all
             copies of a row are meant.
         keep_error: Whether what the autoencoder does not explain stays; False puts dec(g) in the place of t.
+        direction_seed: Of a random direction that the change of t gets in place of its own, at the same length: a control
+            for what any change as large would do.
         prompt_length: Columns of the prompt, when it is read in several pieces; the first forward pass when None.
 
     Raises:
@@ -128,12 +136,13 @@ def intervene(
         raise ValueError("Name the module: the autoencoder does not know its own (config.hook_name is None)")
     place = module if module is not None else sae.config.hook_name
     assert place is not None
+    direction = None if direction_seed is None else random_direction(sae.config.d_in, direction_seed)
     where = Where(positions, None if rows is None else list(rows), sae.config.skip_positions)
 
     with tracked_columns(model, prompt_length) as columns:
 
         def edited(activations: Tensor) -> Tensor | None:
-            return edited_activations(activations, sae, chosen, where, columns, keep_error)
+            return edited_activations(activations, sae, chosen, where, columns, keep_error, direction)
 
         with replaced_output(model, place, edited):
             yield
@@ -196,6 +205,7 @@ def edited_activations(
     where: Where,
     columns: Columns,
     keep_error: bool,
+    direction: Tensor | None,
 ) -> Tensor | None:
     """What takes the place of activations [B, T, d_in]; None where nothing is edited."""
     if activations.device != sae.W_dec.device:
@@ -221,86 +231,12 @@ def edited_activations(
         result = activations + change.to(activations.dtype)
     else:
         result = sae.decode(after).to(activations.dtype)
+    if direction is not None:
+        length = (result - activations).norm(dim=-1, keepdim=True)
+        result = activations + length * direction.to(activations)
     return result if mask is None else torch.where(mask[..., None], result, activations)
 
 
-def control_latents(
-    density: Tensor, like: Sequence[int], count: int, *, seed: int = 0, exclude: Sequence[int] = ()
-) -> list[list[int]]:
-    """`count` random groups of latents to compare the group `like` with, each as large.
-
-    Every latent is replaced by one of the twenty living ones that are active about as often.
-
-    Args:
-        density: Share of activations at which each latent is active, [d_sae].
-        exclude: Latents that must not be drawn, beside those of `like`.
-
-    Raises:
-        ValueError: when there are too few living latents.
-    """
-    rng = random.Random(seed)
-    banned = {*map(int, like), *map(int, exclude)}
-    living = [latent for latent in (density > 0).nonzero()[:, 0].tolist() if latent not in banned]
-    if len(living) < len(like):
-        raise ValueError(f"{len(living)} other latents are alive, too few for controls of {len(like)}")
-    level = density.double().clamp_min(1e-12).log()
-    groups = []
-    for _ in range(count):
-        group: list[int] = []
-        for latent in like:
-            free = [other for other in living if other not in group]
-            free.sort(key=lambda other: abs(float(level[other] - level[latent])))
-            group.append(rng.choice(free[:20]))
-        groups.append(group)
-    return groups
-
-
-def dose_response(
-    model: nn.Module,
-    module: str | nn.Module | None,
-    sae: SparseAutoencoder,
-    groups: dict[str, Sequence[int]],
-    measure: Callable[[], float],
-    doses: Sequence[float],
-    *,
-    mode: str = "scale",
-    controls: int = 10,
-    density: Tensor,
-    seed: int = 0,
-    **settings: Any,
-) -> dict[str, Any]:
-    """What `measure()` says under rising doses of an edit, for groups of latents and for random ones beside them.
-
-    Args:
-        groups: Latents by name.
-        measure: Runs the model and says how far it did what is studied.
-        doses: Values of the edit.
-        mode: `"scale"`, `"clamp"` or `"add"`.
-        controls: Random groups for each group, at least 1 (see `control_latents`).
-        density: Share of activations at which each latent is active, [d_sae].
-        settings: Further arguments of `intervene`.
-
-    Returns:
-        `{"doses", "mode", "base", "groups": {name: {"latents", "values", "controls"}}}`: `values` per dose, `controls`
-        for every random group per dose.
-    """
-    if controls < 1:
-        raise ValueError(f"controls={controls} was given, but a response says nothing without a random control")
-
-    def response(latents: Sequence[int]) -> list[float]:
-        values = []
-        for dose in doses:
-            with intervene(model, module, sae, Edit(list(latents), mode, float(dose)), **settings):
-                values.append(float(measure()))
-        return values
-
-    named = [latent for group in groups.values() for latent in group]
-    found: dict[str, Any] = {"doses": list(doses), "mode": mode, "base": float(measure()), "groups": {}}
-    for name, latents in groups.items():
-        others = control_latents(density, latents, controls, seed=seed, exclude=named)
-        found["groups"][name] = {
-            "latents": [int(latent) for latent in latents],
-            "values": response(latents),
-            "controls": [response(group) for group in others],
-        }
-    return found
+def random_direction(width: int, seed: int) -> Tensor:
+    """A vector [width] of unit length."""
+    return nn.functional.normalize(torch.randn(width, generator=torch.Generator().manual_seed(seed)), dim=0)

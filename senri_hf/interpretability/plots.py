@@ -127,15 +127,45 @@ def sparsity_frontier(points: dict[str, Sequence[tuple[float, float]]], path: st
     return save(drawing, path)
 
 
-def dose_responses(found: dict[str, Any], path: str | Path, *, y_label: str) -> Path:
-    """What `dose_response` found: a panel for every group of latents, with its random controls."""
+def dose_responses(found: dict[str, Any], path: str | Path, *, y_label: str, x_label: str | None = None) -> Path:
+    """What `dose_response` found: a panel for every group of latents, with its random latents and directions."""
     drawing, (row,) = figure(1, len(found["groups"]), width=4.2, height=3.4)
     for axes, (name, group) in zip(row, found["groups"].items(), strict=True):
-        for index, control in enumerate(group["controls"]):
-            label = "random latents" if index == 0 else None
-            axes.plot(found["doses"], control, color=MUTED, linewidth=0.8, label=label)
+        for kind, label, colour in (("controls", "random latents", MUTED), ("directions", "random directions", "C0")):
+            for index, control in enumerate(group[kind]):
+                axes.plot(found["doses"], control, color=colour, linewidth=0.8, label=label if index == 0 else None)
         axes.plot(found["doses"], group["values"], color="C3", marker="o", label=name)
         axes.axhline(found["base"], color="k", linewidth=0.6, linestyle=":")
-        axes.set(xlabel=f"dose ({found['mode']})", ylabel=y_label)
+        axes.set(xlabel=x_label or f"dose ({found['mode']})", ylabel=y_label)
         axes.legend(fontsize=8)
+    return save(drawing, path)
+
+
+def matrix(values: Sequence[Sequence[float]], rows: Sequence[str], columns: Sequence[str], path: str | Path, *,
+           label: str, x_label: str = "", y_label: str = "", percent: bool = True) -> Path:  # fmt: skip
+    """Numbers by row and column, as colours and in figures."""
+    shown = np.asarray(values, dtype=float)
+    drawing, ((axes,),) = figure(width=1.1 * len(columns) + 2.6, height=0.5 * len(rows) + 1.6)
+    image = axes.imshow(shown, cmap="viridis", aspect="auto")
+    axes.set_xticks(np.arange(len(columns)), columns)
+    axes.set_yticks(np.arange(len(rows)), rows)
+    middle = (np.nanmin(shown) + np.nanmax(shown)) / 2
+    for row, line in enumerate(shown):
+        for column, value in enumerate(line):
+            text = f"{value:.0%}" if percent else f"{value:.2f}"
+            axes.text(column, row, text, ha="center", va="center", color="w" if value < middle else "k", fontsize=9)
+    axes.set(xlabel=x_label, ylabel=y_label)
+    drawing.colorbar(image, ax=axes, label=label)
+    return save(drawing, path)
+
+
+def curves(lines: dict[str, Sequence[float]], path: str | Path, *, x_label: str, y_label: str) -> Path:
+    """Values at 0, 1, 2, … by name; the first line is what the others are to be like, and is drawn wide."""
+    drawing, ((axes,),) = figure()
+    for index, (name, values) in enumerate(lines.items()):
+        style = {"color": MUTED, "linewidth": 4} if index == 0 else {"linewidth": 1.4}
+        axes.plot(range(len(values)), values, label=name, **style)
+    axes.axhline(0, color="k", linewidth=0.5)
+    axes.set(xlabel=x_label, ylabel=y_label)
+    axes.legend()
     return save(drawing, path)

@@ -244,30 +244,50 @@ class SparseAutoencoder(PreTrainedModel):
         self.b_dec.copy_(activations.mean(0) * scale)
 
     @torch.no_grad()
-    def point_at(self, activations: Tensor, latents: Tensor | None = None) -> None:
-        """Point latents at activations [n, d_in] as seen from the decoder bias, drawn by their squared error squared.
+    def point_at(self, activations: Tensor) -> None:
+        """Point latents at activations [n, d_in] drawn at random, as seen from the decoder bias.
 
         A random direction is far from all activations where these fill few of their dimensions: its latent is dead from
-        the start. Bricken et al. 2023 take dead latents to where the error is, in the same way.
+        the start.
+        """
+        offsets = self._scaled(activations.flatten(0, -2)) - self.b_dec
+        weights = (offsets.norm(dim=-1) > SMALLEST_NORM).double()
+        if not bool(weights.any()):
+            return
+        every = torch.arange(self.W_dec.shape[0], device=self.W_dec.device)
+        self._turn(every, offsets[torch.multinomial(weights, len(every), replacement=True)])
+        self.W_enc.copy_(self.W_dec.T)
 
-        Args:
-            latents: Indices of those; all when None, which draws every activation alike.
+    @torch.no_grad()
+    def explain_errors(self, activations: Tensor, latents: Tensor) -> None:
+        """Take latents, by index, to what the others leave of activations [n, d_in]: each to one error, drawn by square.
+
+        Such a latent decodes to the direction of the error, and where that activation is, it is as active as the error
+        is long; its encoder has half the usual norm. (Bricken et al. 2023 point dead latents at the activation itself.
+        Where few directions hold most of the variance, that is near to living latents, which it disturbs.)
         """
         flat = activations.flatten(0, -2)
-        offsets = self._scaled(flat) - self.b_dec
-        if latents is None:
-            weights, latents = offsets.new_ones(len(offsets)), torch.arange(self.W_dec.shape[0], device=offsets.device)
-        else:
-            error = self._scaled(flat - self.decode(self.encode(flat)).to(flat.dtype))
-            weights = error.square().sum(-1).square()
-        weights = weights * (offsets.norm(dim=-1) > SMALLEST_NORM)
+        errors = self._scaled(flat - self.decode(self.encode(flat)).to(flat.dtype))
+        weights = errors.double().square().sum(-1)
         if not len(latents) or not bool(weights.sum() > 0):
             return
         chosen = torch.multinomial(weights, len(latents), replacement=True)
-        # A little of the old direction stays, so that latents that drew the same activation differ.
-        directions = nn.functional.normalize(offsets[chosen], dim=-1) + 0.1 * self.W_dec[latents]
+        self._turn(latents, errors[chosen])
+        self.W_enc[:, latents] = 0.5 * self.W_enc.norm(dim=0).mean() * self.W_dec[latents].T
+        wanted = errors[chosen].norm(dim=-1)
+        centred = self._scaled(flat[chosen]) - self.b_dec
+        bias = wanted - (centred * self.W_enc[:, latents].T).sum(-1)
+        for name in ("b_enc", "b_gate", "b_mag"):
+            if hasattr(self, name):
+                getattr(self, name)[latents] = bias
+        if self.config.variant == "jumprelu":
+            self.threshold[latents] = self.threshold[latents].minimum(wanted / 2)
+
+    def _turn(self, latents: Tensor, towards: Tensor) -> None:
+        """Give latents the decoder directions of vectors [latents, d_in], and forget what else they knew."""
+        # A little of the old direction stays, so that latents that drew the same vector differ.
+        directions = nn.functional.normalize(towards, dim=-1) + 0.1 * self.W_dec[latents]
         self.W_dec[latents] = nn.functional.normalize(directions, dim=-1)
-        self.W_enc[:, latents] = self.W_dec[latents].T
         for name in ("b_enc", "b_gate", "b_mag", "r_mag"):
             if hasattr(self, name):
                 getattr(self, name)[latents] = 0.0

@@ -178,7 +178,7 @@ class _Resample(TrainerCallback):
         if not every or state.global_step % every or state.global_step > state.max_steps // 2:
             return
         dead = model.find_dead()
-        model.point_at(self.stream.peek()[:RESAMPLE_FROM].to(model.device), dead)
+        model.explain_errors(self.stream.peek()[:RESAMPLE_FROM].to(model.device), dead)
         model.find_dead()
         optimizer = kwargs["optimizer"]
         for name, parameter in model.named_parameters():

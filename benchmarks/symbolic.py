@@ -1,9 +1,10 @@
-"""Runs the cyclic examples and an autoencoder of a language model's layer, and writes `docs/symbolic_results.md`.
+"""Runs the examples of symbols, sparse autoencoders and interventions, and writes `docs/symbolic_results.md`.
 
     python benchmarks/symbolic.py
 
 What has its result in `docs/symbolic.json` already is not run again; `--only` runs some parts. Folders of models go to
-`checkpoints/symbolic`.
+`checkpoints/symbolic`. The part `saelens` needs sae-lens, which has requirements of its own: run it with the Python of
+an environment that has both.
 """
 
 import argparse
@@ -14,125 +15,128 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from symbolic_results import FIGURES, render
+
 
 ROOT = Path(__file__).parents[1]
-DOCS, EXAMPLES, WORK = ROOT / "docs", ROOT / "examples" / "cyclic_sequence", ROOT / "checkpoints" / "symbolic"
+DOCS, EXAMPLES, WORK = ROOT / "docs", ROOT / "examples", ROOT / "checkpoints" / "symbolic"
+CYCLIC, LORENZ = EXAMPLES / "cyclic_sequence", EXAMPLES / "lorenz_sequence" / "train_lorenz.py"
+READS = EXAMPLES / "memory_reads" / "ablate_facts.py"
+ADAPTER = EXAMPLES / "name_recall" / "adapters" / "smollm2-135m-instruct"
 STORE = DOCS / "symbolic.json"
 SEEDS = (0, 1, 2)
-PARTS = ("cyclic", "language_model")
-LANGUAGE_MODEL = ["--model", "smollm2-135m-instruct", "--dtype", "bfloat16"]
-LANGUAGE_MODEL_TRAINING = ["--module", "model.layers.12", "--expansion-factor", "4", "--k", "32", "--steps", "500"]
-LANGUAGE_MODEL_TRAINING += ["--reuse", "8", "--buffer-size", "230000", "--save-every", "125", "--resume"]
-FIGURES = {
-    "train": ("training.png", "attention.png"),
-    "sae": ("density.png", "cycle.png"),
-    "edit": ("dose_response.png",),
-}
+PARTS = ("cyclic", "lorenz", "language_model", "memory")
+SAELENS = "saelens"
+LANGUAGE_MODEL = ["--model", "smollm2-135m-instruct"]
+LANGUAGE_MODEL_TRAINING = ["--module", "model.layers.8", "--expansion-factor", "4", "--k", "32", "--steps", "500"]
+LANGUAGE_MODEL_TRAINING += ["--batch-size", "1024", "--reuse", "7", "--buffer-size", "80000", "--save-every", "250"]
 
 
 def run(*command: str) -> None:
     subprocess.run([sys.executable, *command], check=True, cwd=ROOT)
 
 
+def result_of(folder: Path, script: Path, *arguments: str) -> dict[str, Any]:
+    """What an example wrote into a folder; it is run when it did not."""
+    path = folder / "results.json"
+    if not path.exists():
+        run(str(script), *arguments, "--output", str(folder.relative_to(ROOT)))
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+def keep_figures(name: str, folder: Path) -> None:
+    for figure in FIGURES[name]:
+        shutil.copy(folder / figure, DOCS / f"symbolic-{name}-{figure}")
+
+
 def cyclic(seed: int) -> dict[str, Any]:
     """The four examples, one after another, with one seed."""
     folders = {name: WORK / f"{name}-{seed}" for name in ("train", "sae", "edit", "check")}
-    model, sae = ["--model", str(folders["train"])], ["--sae", str(folders["sae"])]
-    commands = {
-        "train": ["train_cyclic.py", "--seed", str(seed)],
-        "sae": ["train_sae.py", "--seed", str(seed), *model],
-        "edit": ["sae_mechanistic_intervention.py", "--seed", str(seed), *model, *sae],
-        "check": ["check_hallucinations.py", "--seed", str(seed), *model],
+    model, sae = (
+        ["--" + option, str(folders[name].relative_to(ROOT))] for option, name in (("model", "train"), ("sae", "sae"))
+    )
+    common = ["--seed", str(seed)]
+    found = {
+        "train": result_of(folders["train"], CYCLIC / "train_cyclic.py", *common),
+        "sae": result_of(folders["sae"], CYCLIC / "train_sae.py", *common, *model),
+        "edit": result_of(folders["edit"], CYCLIC / "sae_mechanistic_intervention.py", *common, *model, *sae),
+        "check": result_of(folders["check"], CYCLIC / "check_hallucinations.py", *common, *model),
     }
-    found = {}
-    for name, (script, *arguments) in commands.items():
-        path = folders[name] / "results.json"
-        if not path.exists():
-            run(str(EXAMPLES / script), *arguments, "--output", str(folders[name]))
-        found[name] = json.loads(path.read_text())
-        for figure in FIGURES.get(name, ()) if seed == SEEDS[0] else ():
-            shutil.copy(folders[name] / figure, DOCS / f"symbolic-{name}-{figure}")
+    if seed == SEEDS[0]:
+        for name in ("train", "sae", "edit"):
+            keep_figures(name, folders[name])
+    return found
+
+
+def lorenz() -> dict[str, Any]:
+    """The transformer on the Lorenz system in symbols."""
+    found = result_of(WORK / "lorenz", LORENZ)
+    keep_figures("lorenz", WORK / "lorenz")
     return found
 
 
 def language_model() -> dict[str, Any]:
     """An autoencoder of a layer of SmolLM2-135M on real text."""
+    from senri_hf.interpretability import plots
+
     folder = WORK / "smollm2"
     command = ["-m", "senri_hf.commands.main", "sae"]
     if not (folder / "training.json").exists():
-        run(*command, "train", *LANGUAGE_MODEL, *LANGUAGE_MODEL_TRAINING, "--output", str(folder))
-    run(*command, "evaluate", str(folder), *LANGUAGE_MODEL, "--output", str(folder / "found.json"))
-    run(*command, "contexts", str(folder), *LANGUAGE_MODEL, "--output", str(folder / "contexts.json"))
-    measured = json.loads((folder / "found.json").read_text())
-    measured.pop("density")
-    return {"measured": measured, "contexts": json.loads((folder / "contexts.json").read_text())}
+        run(*command, "train", *LANGUAGE_MODEL, *LANGUAGE_MODEL_TRAINING, "--resume", "--output", str(folder))
+    for what, extra in (("evaluate", []), ("contexts", ["--pieces", "200"])):
+        if not (folder / f"{what}.json").exists():
+            run(*command, what, str(folder), *LANGUAGE_MODEL, *extra, "--output", str(folder / f"{what}.json"))
+    measured, training = (json.loads((folder / f"{name}.json").read_text()) for name in ("evaluate", "training"))
+    plots.latent_density({"held-out text": measured.pop("density")}, folder / "density.png")
+    keep_figures("smollm2", folder)
+    seconds = {name: training[name] for name in ("seconds", "cpu_seconds")}
+    command_line = f"senri-hf sae train {' '.join(LANGUAGE_MODEL + LANGUAGE_MODEL_TRAINING)}"
+    return {
+        "command": command_line,
+        "measured": measured,
+        **seconds,
+        "contexts": json.loads((folder / "contexts.json").read_text()),
+    }
 
 
-def render(found: dict[str, Any]) -> list[str]:
-    lines = ["# Symbols, sparse autoencoders, interventions: results", ""]
-    lines += [
-        "Written by `python benchmarks/symbolic.py` from `symbolic.json`; the commands are those of the examples."
-    ]
-    runs: dict[str, Any] = found.get("cyclic", {})
-    lines += ["", "## The cyclic sequence", ""]
-    if not runs:
-        lines += ["Not run yet."]
-    else:
-        lines += cyclic_tables(runs)
-    lines += ["", "## A layer of SmolLM2-135M, on real text", ""]
-    if "language_model" not in found:
-        return [*lines, "Not run yet."]
-    lines += ["| | |", "|---|---|"]
-    for name, value in found["language_model"]["measured"].items():
-        lines.append(f"| {name.replace('_', ' ')} | {value:,.4g} |")
-    lines += ["", "Where some latents are most active:", "", "| latent | active at | contexts |", "|---|---|---|"]
-    for entry in found["language_model"]["contexts"]:
-        shown = [f"{c['before']}**{c['token'].strip()}**{c['after']}" for c in entry["contexts"][:3]]
-        text = " … ".join(" ".join(part.split()) for part in shown).replace("|", "\\|")
-        lines.append(f"| {entry['latent']} | {100 * entry['density']:.2f}% | {text} |")
-    return lines
+def memory(adapter: Path) -> dict[str, Any]:
+    """Autoencoders of what a memory adapter reads, and recall without the latents of a kind of fact."""
+    found = result_of(WORK / "memory", READS, "--adapter", str(adapter))
+    keep_figures("memory", WORK / "memory")
+    return found
 
 
-def cyclic_tables(runs: dict[str, Any]) -> list[str]:
-    def row(name: str, value: Any, form: str = "{:.4g}") -> str:
-        return f"| {name} | " + " | ".join(form.format(value(found)) for found in runs.values()) + " |"
+def saelens() -> dict[str, Any]:
+    """The autoencoder of SmolLM2-135M as sae-lens reads it, on real held-out text: its numbers and ours."""
+    import sae_lens
+    import torch
 
-    lines = ["| | " + " | ".join(f"seed {seed}" for seed in runs) + " |", "|---|" + "---|" * len(runs)]
-    lines += [row("loss above the Bayes floor, nats per symbol", lambda f: f["train"]["above_floor"], "{:.5f}")]
-    lines += [row("phases with the right next symbol, of 18", lambda f: f["train"]["phases_right"])]
-    first = next(iter(runs.values()))
-    for kind in first["check"]:
-        lines.append(row(f"back in the cycle: {kind}", lambda f, kind=kind: f["check"][kind]["returned"], "{:.1%}"))
-        lines.append(
-            row(
-                f"forbidden steps per symbol: {kind}",
-                lambda f, kind=kind: f["check"][kind]["forbidden_per_symbol"],
-                "{:.5f}",
-            )
-        )
-    for where, name in (("windows", "the windows"), ("unseen", "unseen contexts")):
-        for key, what in (
-            ("explained_variance", "explained variance"),
-            ("l0", "L0"),
-            ("dead", "never active"),
-            ("kl_recovered", "divergence recovered"),
-        ):
-            lines.append(row(f"autoencoder, {name}: {what}", lambda f, w=where, k=key: f["sae"][w][k]))
-    lines.append(row("phases that the best latent flips", lambda f: f["edit"]["best_flip_rate"], "{:.1%}"))
-    lines.append(row("the same, mean of all latents", lambda f: f["edit"]["mean_flip_rate"], "{:.1%}"))
-    for what, of in (("mean", lambda flips: sum(flips) / len(flips)), ("most", max)):
-        name = f"random latents at the dose at which the best flips most: {what}"
-        lines.append(row(name, lambda f, of=of: of(controls(f["edit"]["dose_response"])), "{:.1%}"))
-    figures = [(name, figure) for name, names in FIGURES.items() for figure in names]
-    lines += ["", "Figures of seed 0:", ""]
-    return lines + [f"![{name} {figure}](symbolic-{name}-{figure})" for name, figure in figures]
+    from senri_hf import SparseAutoencoder, load_base
+    from senri_hf.interpretability import export_saelens, module_activations, reconstruction_metrics
+    from senri_hf.tasks import ordinary_text
 
-
-def controls(response: dict[str, Any]) -> list[float]:
-    """What the random controls of the best latent do at the dose, the lowest, at which it does most."""
-    best = next(iter(response["groups"].values()))
-    dose = best["values"].index(max(best["values"]))
-    return [line[dose] for line in best["controls"]]
+    ours = SparseAutoencoder.from_pretrained(WORK / "smollm2").eval()
+    theirs = sae_lens.SAE.load_from_disk(export_saelens(ours, WORK / "smollm2-saelens"))
+    model, tokenizer = load_base("smollm2-135m-instruct", progress=False)
+    ids = tokenizer("\n\n".join(ordinary_text()[:20]), add_special_tokens=False, return_tensors="pt")["input_ids"]
+    batches = [{"input_ids": ids[:, :1024].view(4, 256)}]
+    (x,) = module_activations(model, ours.config.hook_name, batches, skip_positions=ours.config.skip_positions)
+    with torch.no_grad():
+        latents, reconstruction = theirs.encode(x), theirs(x)
+        found = reconstruction_metrics(ours, [x])
+        error = (x - reconstruction).double().square().sum() / (x.double() - x.double().mean(0)).square().sum()
+        return {
+            "version": sae_lens.__version__,
+            "architecture": theirs.cfg.architecture(),
+            "hook_name": theirs.cfg.metadata.hook_name,
+            "activations": len(x),
+            "l0": {"ours": found["l0"], "theirs": float((latents > 0).sum() / len(x))},
+            "explained_variance": {"ours": found["explained_variance"], "theirs": float(1 - error)},
+            "furthest_latent": float((latents - ours.encode(x)).abs().max()),
+            "furthest_reconstruction": float((reconstruction - ours(x).reconstruction).abs().max()),
+            "largest_latent": float(latents.max()),
+        }
 
 
 def store(found: dict[str, Any]) -> None:
@@ -147,18 +151,33 @@ def store(found: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--only", nargs="*", choices=(*PARTS, SAELENS), default=list(PARTS))
+    parser.add_argument("--adapter", type=Path, default=ADAPTER, help="memory adapter whose reads are looked at")
     parser.add_argument("--seeds", nargs="*", type=int, default=list(SEEDS))
     args = parser.parse_args()
+    parts = {
+        "lorenz": lorenz,
+        "language_model": language_model,
+        SAELENS: saelens,
+        "memory": lambda: memory(args.adapter),
+    }
+    parts = {
+        "lorenz": lorenz,
+        "language_model": language_model,
+        SAELENS: saelens,
+        "memory": lambda: memory(args.adapter),
+    }
     found: dict[str, Any] = json.loads(STORE.read_text()) if STORE.exists() else {}
-    if "cyclic" in args.only:
-        for seed in args.seeds:
+    for part in args.only:
+        if part == "cyclic":
             runs = found.setdefault("cyclic", {})
-            if str(seed) not in runs:
-                runs[str(seed)] = cyclic(seed)
-                store(found)
-    if "language_model" in args.only and "language_model" not in found:
-        found["language_model"] = language_model()
+            for seed in args.seeds:
+                if str(seed) not in runs:
+                    runs[str(seed)] = cyclic(seed)
+                    store(found)
+        elif part not in found:
+            found[part] = parts[part]()
+            store(found)
     store(found)
     print(DOCS / "symbolic_results.md")
 

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 from models import Subject, remembering, tiny_model, tokens
+from sparse import autoencoder
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from senri_hf import SparseAutoencoder, SparseAutoencoderConfig
-from senri_hf.interpretability import Edit, captured, control_latents, dose_response, find_module, intervene
+from senri_hf.interpretability import Edit, captured, find_module, intervene
 
 
 ARCHITECTURES = ["llama", "gemma3", "gpt_neox"]
@@ -20,17 +20,6 @@ SUBJECT = Subject("llama", "episodic", "default")
 
 def layer_of(arch: str) -> str:
     return "gpt_neox.layers.1" if arch == "gpt_neox" else LAYER
-
-
-def autoencoder(d_in: int = 32, seed: int = 0, **settings: Any) -> SparseAutoencoder:
-    """An autoencoder that explains only part of its activations, all latents of which can be active."""
-    torch.manual_seed(seed)
-    config = SparseAutoencoderConfig(d_in=d_in, d_sae=48, variant="relu", **settings)
-    sae = SparseAutoencoder(config).eval()
-    with torch.no_grad():
-        sae.W_enc.add_(0.1 * torch.randn_like(sae.W_enc))
-        sae.activation_scale.fill_(1.3)
-    return sae
 
 
 def outputs(model: PreTrainedModel, module: str, ids: Tensor, **kwargs: Any) -> Tensor:
@@ -61,6 +50,7 @@ LOUD = Edit([3, 11, 20], "add", 40.0)
         Edit([2, 9], "scale", 3.0),
         Edit(9, "clamp", 5.0),
         Edit([2, 9], "add", -1.5),
+        Edit([2, 9], "clamp", torch.tensor([5.0, 0.5])),
         Edit([2, 9], "ablate"),
         Edit([2, 9], "patch", torch.rand(5, 2)),
         Edit([2, 9], "patch", torch.rand(2, 7, 2)),
@@ -79,6 +69,7 @@ def test_an_edit_adds_the_decoded_change_and_leaves_the_error(arch: str, edit: E
         else:
             old = f[..., latent]
             value = 0.0 if edit.value is None else edit.value
+            value = value[column] if isinstance(value, Tensor) else value
             by_mode = {"scale": old * value, "clamp": 0 * old + value, "add": old + value, "ablate": 0 * old}
             g[..., latent] = by_mode[edit.mode]
     with intervene(model, layer, sae, edit):
@@ -233,6 +224,19 @@ def test_gradients_pass_through_an_intervention(llama: PreTrainedModel) -> None:
     assert embeds.grad is not None and bool(embeds.grad.abs().sum() > 0)
 
 
+@pytest.mark.parametrize("keep_error", [True, False])
+def test_a_random_direction_gets_a_change_as_long(llama: PreTrainedModel, keep_error: bool) -> None:
+    sae, settings = autoencoder(), {"positions": [2, 3], "keep_error": keep_error}
+    before = outputs(llama, LAYER, IDS)
+    with intervene(llama, LAYER, sae, LOUD, **settings):
+        own = outputs(llama, LAYER, IDS) - before
+    with intervene(llama, LAYER, sae, LOUD, direction_seed=4, **settings):
+        turned = outputs(llama, LAYER, IDS) - before
+    torch.testing.assert_close(turned.norm(dim=-1), own.norm(dim=-1), rtol=1e-4, atol=1e-4)
+    cosine = torch.nn.functional.cosine_similarity(turned[:, 2:4], own[:, 2:4], dim=-1)
+    assert not turned[:, :2].any() and float(cosine.abs().max()) < 0.9
+
+
 def test_what_a_memory_reads_can_be_edited() -> None:
     model = SUBJECT.model()
     name = "model.layers.2.memory_adapter.senri_block.default"
@@ -262,6 +266,7 @@ def test_a_context_manager_leaves_no_hook_behind_even_after_an_error(llama: PreT
         (lambda: Edit(0, "amplify", 2.0), "mode='amplify'.*'scale'"),
         (lambda: Edit(0, "scale"), "needs a number as value, not None"),
         (lambda: Edit(0, "ablate", 1.0), "takes no value"),
+        (lambda: Edit(0, "clamp", torch.rand(2)), r"a value \[2\] for 1 latents"),
         (lambda: Edit(0, "patch", 1.0), "needs a tensor"),
         (lambda: Edit([0, 1], "patch", torch.rand(3, 1)), "values for 1 latents, but 2 are named"),
     ],
@@ -293,33 +298,3 @@ def test_modules_are_found_with_and_without_pefts_prefix() -> None:
     assert find_module(model, LAYER) is find_module(model, f"base_model.model.{LAYER}")
     module = find_module(model, LAYER)
     assert find_module(model, module) is module
-
-
-def test_controls_are_living_latents_that_are_active_about_as_often() -> None:
-    density = torch.cat([torch.zeros(20), torch.linspace(0.001, 0.01, 50), torch.linspace(0.3, 0.9, 30)])
-    groups = control_latents(density, [25, 80], 8, seed=1, exclude=[81])
-    assert len(groups) == 8 and len({tuple(group) for group in groups}) > 1
-    for rare, common in groups:
-        assert 20 <= rare < 70 and 70 <= common < 100
-        assert not {rare, common} & {25, 80, 81}
-    with pytest.raises(ValueError, match="0 other latents are alive"):
-        control_latents(torch.tensor([1.0, 0.0]), [0], 1)
-
-
-def test_a_dose_response_says_what_doses_do_beside_random_latents(llama: PreTrainedModel) -> None:
-    sae = autoencoder()
-
-    @torch.no_grad()
-    def shift() -> float:
-        return float((outputs(llama, LAYER, IDS) - base).norm())
-
-    base = outputs(llama, LAYER, IDS)
-    density = (sae.encode(base) > 0).float().mean((0, 1))
-    latents = {"strong": density.topk(2).indices.tolist()}
-    found = dose_response(llama, LAYER, sae, latents, shift, [1.0, 3.0, 9.0], controls=4, density=density)
-    values = found["groups"]["strong"]["values"]
-    assert found["base"] == 0 and values[0] == 0 and 0 < values[1] < values[2]
-    assert values[2] == pytest.approx(4 * values[1], rel=1e-3)
-    assert len(found["groups"]["strong"]["controls"]) == 4
-    with pytest.raises(ValueError, match="controls=0"):
-        dose_response(llama, LAYER, sae, latents, shift, [1.0], controls=0, density=density)

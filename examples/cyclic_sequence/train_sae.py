@@ -69,8 +69,8 @@ def main() -> None:
     add("--expansion-factor", type=float, default=0.5, help="latents per dimension")
     add("--k", type=int, default=4, help="active latents, for topk and batchtopk")
     add("--sparsity-coefficient", type=float, default=0.1, help="penalty, for relu, jumprelu and gated")
-    add("--steps", type=int, default=6000)
-    add("--batch-size", type=int, default=360, help="activations of a step")
+    add("--steps", type=int, default=8000)
+    add("--batch-size", type=int, default=720, help="activations of a step")
     add("--lr", type=float, default=1e-2)
     add("--seed", type=int, default=0)
     add("--output", type=Path, default=Path("checkpoints/cyclic-sae"))
@@ -113,6 +113,7 @@ def main() -> None:
             max_steps=args.steps,
             learning_rate=args.lr,
             lr_scheduler_type="cosine",
+            warmup_steps=args.steps // 50,
             sparsity_warmup_steps=args.steps // 4,
             resample_every=max(1, args.steps // 60),
             find_dead_every=20,

@@ -1,10 +1,10 @@
-"""Train a small transformer on the Lorenz system in three symbols, and compare what it generates with the system itself.
+"""Train a small transformer on the Lorenz system in three symbols, and compare what it says with the system itself.
 
     python examples/lorenz_sequence/train_lorenz.py
 
 The equations are integrated, and x is read every tenth of a time unit: 0 and 2 are the wings of the attractor, 1 the
-passage between them. Training and testing use different trajectories. The loss on the test trajectories is compared with
-Markov chains that count what follows the last few symbols. Then symbols are drawn from the model, and their
+passage between them. Training and testing use different trajectories. The loss on the test trajectories is compared
+with Markov chains that count what follows the last few symbols. Then symbols are drawn from the model, and their
 autocorrelation is compared with that of the test trajectories, and with that of a chain that sees one symbol.
 
 Writes the model, `results.json` and two figures into `--output`.
@@ -43,7 +43,9 @@ class Windows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         return {"input_ids": self.windows[index], "labels": self.windows[index]}
 
 
-def contexts_before(sequences: NDArray[np.int64], order: int, start: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def contexts_before(
+    sequences: NDArray[np.int64], order: int, start: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """For every symbol from `start` on: a number for the `order` symbols before it, and the symbol."""
     length = sequences.shape[1]
     code = np.zeros_like(sequences[:, start:])

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
 
 # Of every so many pieces of text one is kept from training, to measure on.
 HELD_OUT_EVERY = 10
-MEASURED_PIECES = 32
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -47,6 +47,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     measure = actions.add_parser("evaluate", help="measure one on text that training did not see")
     measure.add_argument("sae", type=Path, help="its folder")
     add_text(measure)
+    measure.add_argument("--pieces", type=int, default=32, help="held-out pieces to measure on, drawn at random")
     measure.add_argument("--output", type=Path, help="JSON file to write")
     measure.set_defaults(run=run_evaluate)
 
@@ -56,6 +57,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     contexts.add_argument("--latents", type=int, nargs="*", help="which; a sample of the living ones when not said")
     contexts.add_argument("--count", type=int, default=20, help="latents in the sample")
     contexts.add_argument("--top", type=int, default=5, help="contexts of each")
+    contexts.add_argument("--pieces", type=int, help="pieces to look through, drawn at random; all when not said")
     contexts.add_argument("--output", type=Path, help="JSON file to write")
     contexts.set_defaults(run=run_contexts)
 
@@ -101,6 +103,15 @@ def pieces(arguments: argparse.Namespace, tokenizer: Any) -> "tuple[list[Tensor]
     return training, kept
 
 
+def drawn(of: "list[Tensor]", count: int | None) -> "list[Tensor]":
+    """So many pieces, always the same ones, in the order of the text; all when None."""
+    if count is not None and count < 1:
+        raise ValueError(f"--pieces {count} was given, but at least one piece has to be read")
+    if count is None or count >= len(of):
+        return of
+    return [of[index] for index in sorted(random.Random(0).sample(range(len(of)), count))]
+
+
 def batches(of: "list[Tensor]", rows: int) -> "list[dict[str, Tensor]]":
     """Pieces as arguments of a model."""
     import torch
@@ -130,7 +141,7 @@ def run_train(arguments: argparse.Namespace) -> int:
         module_activations,
     )
 
-    began = time.perf_counter()
+    began = time.perf_counter(), time.process_time()
     model, tokenizer = load(arguments)
     set_seed(arguments.seed)
     training, _ = pieces(arguments, tokenizer)
@@ -171,8 +182,9 @@ def run_train(arguments: argparse.Namespace) -> int:
     trainer.train(resume_from_checkpoint=last)
     trainer.save_model()
     # Of this run, with the time to load the model and to read the text; a resumed one does not know the time before.
-    seconds = time.perf_counter() - began
-    write(arguments.output / "training.json", {"seconds": seconds, "log": trainer.state.log_history})
+    seconds, cpu_seconds = time.perf_counter() - began[0], time.process_time() - began[1]
+    found = {"seconds": seconds, "cpu_seconds": cpu_seconds, "log": trainer.state.log_history}
+    write(arguments.output / "training.json", found)
     print(f"{arguments.output}")
     return 0
 
@@ -183,12 +195,11 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
 
     sae = SparseAutoencoder.from_pretrained(arguments.sae).eval()
     model, tokenizer = load(arguments)
-    kept = pieces(arguments, tokenizer)[1]
-    held_out = batches(kept, arguments.rows)
+    held_out = batches(drawn(pieces(arguments, tokenizer)[1], arguments.pieces), arguments.rows)
     place, skip = hook_name(sae), sae.config.skip_positions
     found = reconstruction_metrics(sae, module_activations(model, place, held_out, skip_positions=skip))
     density = found.pop("density")
-    found |= prediction_metrics(model, place, sae, batches(kept[:MEASURED_PIECES], arguments.rows))
+    found |= prediction_metrics(model, place, sae, held_out)
     found["density"] = density.tolist()
     if arguments.output:
         write(arguments.output, found)
@@ -210,7 +221,7 @@ def run_contexts(arguments: argparse.Namespace) -> int:
         tokenizer,
         hook_name(sae),
         sae,
-        batches(training + kept, arguments.rows),
+        batches(drawn(training + kept, arguments.pieces), arguments.rows),
         latents=arguments.latents,
         count=arguments.count,
         top=arguments.top,

@@ -16,8 +16,8 @@ _MODULES = {
     "SparseAutoencoderTrainer": ".trainer",
     "SparseAutoencoderTrainingArguments": ".trainer",
     "captured": ".hooks",
-    "control_latents": ".dose_response",
-    "dose_response": ".dose_response",
+    "control_latents": ".doses",
+    "dose_response": ".doses",
     "export_saelens": ".saelens",
     "find_module": ".hooks",
     "import_saelens": ".saelens",
@@ -32,7 +32,7 @@ _MODULES = {
 if TYPE_CHECKING:
     from .activations import ActivationStream, memory_slots, module_activations
     from .contexts import top_contexts
-    from .dose_response import control_latents, dose_response
+    from .doses import control_latents, dose_response
     from .hooks import captured, find_module
     from .intervention import Edit, intervene
     from .metrics import prediction_metrics, reconstruction_metrics

@@ -3,7 +3,6 @@
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +46,7 @@ class Edit:
         elif isinstance(self.value, Tensor):
             if self.value.shape != (len(self.indices),):
                 raise ValueError(
-                    f"mode={self.mode!r} has a value {list(self.value.shape)}, but {len(self.indices)} latents are named"
+                    f"mode={self.mode!r} has a value {list(self.value.shape)} for {len(self.indices)} latents"
                 )
         elif isinstance(self.value, bool) or not isinstance(self.value, (int, float)):
             raise ValueError(f"mode={self.mode!r} needs a number as value, not {self.value!r}")
@@ -111,8 +110,8 @@ def intervene(
         rows: Rows of the prompt batch; all when None. Where `generate()` repeats rows (beams, return sequences), all
             copies of a row are meant.
         keep_error: Whether what the autoencoder does not explain stays; False puts dec(g) in the place of t.
-        direction_seed: Of a random direction that the change of t gets in place of its own, at the same length: a control
-            for what any change as large would do.
+        direction_seed: Of a random direction that the change of t gets in place of its own, at the same length: a
+            control for what any change as large would do.
         prompt_length: Columns of the prompt, when it is read in several pieces; the first forward pass when None.
 
     Raises:

@@ -260,7 +260,7 @@ class SparseAutoencoder(PreTrainedModel):
 
     @torch.no_grad()
     def explain_errors(self, activations: Tensor, latents: Tensor) -> None:
-        """Take latents, by index, to what the others leave of activations [n, d_in]: each to one error, drawn by square.
+        """Take latents, by index, to what the others leave of activations [n, d_in]: each to an error, drawn by square.
 
         Such a latent decodes to the direction of the error, and where that activation is, it is as active as the error
         is long; its encoder has half the usual norm. (Bricken et al. 2023 point dead latents at the activation itself.

@@ -1,0 +1,149 @@
+"""The page `docs/symbolic_results.md`, from what `symbolic.py` found."""
+
+from pathlib import Path
+from typing import Any
+
+
+FIGURES = {
+    "train": ("training.png", "attention.png"),
+    "sae": ("training.png", "density.png", "cycle.png"),
+    "edit": ("dose_response.png",),
+    "lorenz": ("training.png", "autocorrelation.png"),
+    "memory": ("recall.png",),
+    "smollm2": ("density.png",),
+}
+
+
+def render(found: dict[str, Any]) -> list[str]:
+    """The lines of the page."""
+    lines = ["# Symbols, sparse autoencoders, interventions: results", ""]
+    lines += [
+        "Written by `python benchmarks/symbolic.py` from `symbolic.json`; the commands are those of the examples."
+    ]
+    for part, title, section in (
+        ("cyclic", "The cyclic sequence", cyclic_section),
+        ("lorenz", "The Lorenz system in three symbols", lorenz_section),
+        ("language_model", "A layer of SmolLM2-135M, on real text", language_model_section),
+        ("saelens", "The same autoencoder in SAELens", saelens_section),
+        ("memory", "What a memory adapter reads", memory_section),
+    ):
+        lines += ["", f"## {title}", "", *(section(found[part]) if found.get(part) else ["Not run yet."])]
+    return lines
+
+
+def table(columns: list[str], rows: list[list[str]]) -> list[str]:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def figures(*names: str) -> list[str]:
+    shown = [(name, figure) for name in names for figure in FIGURES[name]]
+    return ["", *(f"![{name}: {Path(figure).stem}](symbolic-{name}-{figure})" for name, figure in shown)]
+
+
+def cyclic_section(runs: dict[str, Any]) -> list[str]:
+    rows = []
+
+    def row(name: str, keys: str, form: str = ".4g") -> None:
+        cells = []
+        for found in runs.values():
+            for key in keys.split("/"):
+                found = found[key]
+            cells.append(format(found, form))
+        rows.append([name, *cells])
+
+    row("loss above the Bayes floor, nats per symbol", "train/above_floor", ".5f")
+    row("phases with the right next symbol, of 18", "train/phases_right")
+    for kind in next(iter(runs.values()))["check"]:
+        if kind != "settings":
+            row(f"back in the cycle: {kind}", f"check/{kind}/returned", ".1%")
+            row(f"forbidden steps per symbol: {kind}", f"check/{kind}/forbidden_per_symbol", ".5f")
+    for where, name in (("windows", "the windows"), ("unseen", "unseen contexts")):
+        row(f"autoencoder, {name}: explained variance", f"sae/{where}/explained_variance")
+        row(f"autoencoder, {name}: L0", f"sae/{where}/l0")
+        row(f"autoencoder, {name}: never active", f"sae/{where}/dead", ".1%")
+        row(f"autoencoder, {name}: divergence recovered", f"sae/{where}/kl_recovered")
+    row("phases that the best latent flips at its largest activation", "edit/best_flip_rate", ".1%")
+    row("the same, unseen contexts with one wrong symbol", "edit/best_flip_rate_unseen", ".1%")
+    row("random latents at theirs: mean", "edit/random_latents_mean", ".1%")
+    row("random latents at theirs: most", "edit/random_latents_most", ".1%")
+    row("random directions, changes as large as the best latent's: mean", "edit/random_directions_mean", ".1%")
+    row("all latents set to those of another phase: what follows that one is said", "edit/patch_followed", ".1%")
+    lines = table(["", *(f"seed {seed}" for seed in runs)], rows)
+    return [*lines, "", "Figures of seed 0:", *figures("train", "sae", "edit")]
+
+
+def lorenz_section(found: dict[str, Any]) -> list[str]:
+    settings, jumps = found["settings"], found["jumps"]
+    lines = [
+        "`python examples/lorenz_sequence/train_lorenz.py`; loss on trajectories that training never saw, "
+        f"{settings['block']} symbols of context.",
+        "",
+    ]
+    chains = [[f"Markov chain of order {order}", f"{loss:.4f}"] for order, loss in found["markov_loss"].items()]
+    lines += table(["", "nats per symbol"], [["transformer", f"{found['loss']:.4f}"], *chains])
+    lines += [
+        "",
+        "Furthest that the autocorrelation of what is generated is from that of the test trajectories, at lags to "
+        f"{settings['lags']}, and how often it jumps from wing to wing without a passage:",
+        "",
+    ]
+    rows = [["test trajectories", "", f"{jumps['test trajectories']:.4%}"]]
+    for name, value in found["furthest"].items():
+        rows.append([name, f"{value:.3f}", f"{jumps[name]:.4%}" if name in jumps else ""])
+    return lines + table(["", "furthest", "jumps"], rows) + figures("lorenz")
+
+
+def language_model_section(found: dict[str, Any]) -> list[str]:
+    lines = [
+        f"`{found['command']}`, {found['cpu_seconds'] / 60:.1f} minutes of one core; measured on text that training "
+        "never saw.",
+        "",
+    ]
+    measured = found["measured"]
+    lines += table(["", ""], [[name.replace("_", " "), f"{value:,.4g}"] for name, value in measured.items()])
+    lines += ["", "Where some latents are most active:", ""]
+    rows = []
+    for entry in found["contexts"]:
+        shown = [f"{c['before']}**{c['token'].strip()}**{c['after']}" for c in entry["contexts"][:3]]
+        text = " … ".join(" ".join(part.split()) for part in shown).replace("|", "\\|")
+        rows.append([str(entry["latent"]), f"{entry['density']:.2%}", text])
+    return lines + table(["latent", "active at", "contexts"], rows) + figures("smollm2")
+
+
+def saelens_section(found: dict[str, Any]) -> list[str]:
+    lines = [
+        f"Exported, and read by sae-lens {found['version']} as `{found['architecture']}` of `{found['hook_name']}`; "
+        f"{found['activations']:,} activations.",
+        "",
+    ]
+    names = ("l0", "explained_variance")
+    rows = [[n.replace("_", " "), f"{found[n]['ours']:.6g}", f"{found[n]['theirs']:.6g}"] for n in names]
+    return [
+        *lines,
+        *table(["", "ours", "theirs"], rows),
+        "",
+        f"No latent is further apart than {found['furthest_latent']:.1e} (the largest is "
+        f"{found['largest_latent']:.3g}), no reconstruction than {found['furthest_reconstruction']:.1e}.",
+    ]
+
+
+def memory_section(found: dict[str, Any]) -> list[str]:
+    settings = found["settings"]
+    kinds = settings["kinds"]
+    lines = [
+        f"`python examples/memory_reads/ablate_facts.py --adapter …`, {settings['test_people']} people whose values "
+        f"and phrasings never occurred where latents were found, {settings['latents']} latents of every layer ablated: "
+        "answers of which every token is the most likely one, and nats per token of the answer.",
+        "",
+    ]
+    rows = []
+    for name, entry in found["recall"].items():
+        rows.append([name, *(f"{entry[kind]['exact']:.0%} · {entry[kind]['nats']:.2f}" for kind in kinds)])
+    lines += table(["ablated", *(kind.replace("_", " ") for kind in kinds)], rows)
+    lines += ["", "The autoencoders, on reads kept from their training:", ""]
+    rows = []
+    for place, entry in found["autoencoders"].items():
+        cells = (f"{entry['explained_variance']:.3f}", f"{entry['l0']:.1f}", f"{entry['dead']:.1%}")
+        rows.append([f"`{place.split('.memory')[0]}`", *cells])
+    return lines + table(["reader", "explained variance", "L0", "dead"], rows) + figures("memory")

@@ -1,0 +1,297 @@
+"""Find what a memory adapter reads for one kind of fact, take it out, and see which recall goes.
+
+    python examples/memory_reads/ablate_facts.py --adapter examples/name_recall/adapters/smollm2-135m-instruct
+
+People tell facts of several kinds (their cities, colours, pets, jobs), one a conversation, and ask for each of them in
+a new one. Sparse autoencoders are trained on what the adapter's readers add to the residual stream there, one for each
+layer. A kind's latents are those that are more active on its questions than on those of any other kind. They are found
+with people to train on, and ablated with others, whose values and phrasings never occurred there. Random latents that
+are active about as often are the control. What is scored is whether every token of the answer is the most likely one
+after the beginning of the reply, and the probability of the answer's tokens.
+
+Writes `results.json` and a figure into `--output`.
+"""
+
+import argparse
+import contextlib
+import json
+import random
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import set_seed
+
+import senri_hf
+from senri_hf.interpretability import (
+    ActivationStream,
+    Edit,
+    SparseAutoencoder,
+    SparseAutoencoderTrainer,
+    SparseAutoencoderTrainingArguments,
+    captured,
+    control_latents,
+    intervene,
+    plots,
+    reconstruction_metrics,
+)
+from senri_hf.tasks import Question, recall_episodes
+from senri_hf.tasks.recall import load_data
+from senri_hf.training import tell
+
+
+ROWS = 16
+IGNORED = -100
+
+
+@dataclass
+class Asked:
+    """Questions with their replies as the model reads them, one for each person.
+
+    Attributes:
+        inputs: `input_ids` and `attention_mask`, [people, T].
+        labels: The answer's tokens where they stand, -100 elsewhere, [people, T].
+    """
+
+    kind: str
+    inputs: dict[str, torch.Tensor]
+    labels: torch.Tensor
+    questions: list[Question]
+
+
+@dataclass
+class Group:
+    """People who told one fact of every kind, with what is remembered of them and what is asked."""
+
+    memory: senri_hf.MemoryCache
+    asked: list[Asked]
+
+
+def answer_labels(tokenizer: Any, question: Question) -> tuple[list[int], list[int]]:
+    """A question's conversation as ids, and the ids of the answer in its reply, -100 elsewhere."""
+    messages = [{"role": m["role"], "content": m["content"]} for m in question.conversation]
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    start = text.rindex(question.answer) if question.answer in text else text.lower().rindex(question.answer.lower())
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    stop = start + len(question.answer)
+    inside = [first < stop and last > start for first, last in encoded["offset_mapping"]]
+    return encoded["input_ids"], [i if here else IGNORED for i, here in zip(encoded["input_ids"], inside, strict=True)]
+
+
+def groups(
+    model: Any, tokenizer: Any, kinds: Sequence[str], people: int, split: str, seed: int
+) -> Iterator[tuple[list[list[Any]], list[list[Question]]]]:
+    """What people tell and ask, `ROWS` at a time: for every person conversations, and for every kind questions."""
+    relations = {kind: [r["key"] for r in load_data()["relations"] if r["category"] == kind and r["split"] == "train"]
+                 for kind in kinds}  # fmt: skip
+    rng = random.Random(f"{split} {seed}")
+    for start in range(0, people, ROWS):
+        told: list[list[Any]] = []
+        questions: list[list[Question]] = [[] for _ in kinds]
+        for _ in range(min(ROWS, people - start)):
+            one = [recall_episodes(1, split=split, relations=rng.choice(relations[kind]), seed=rng.randrange(10**9))[0]
+                   for kind in kinds]  # fmt: skip
+            conversations = [conversation for episode in one for conversation in episode.told]
+            told.append(rng.sample(conversations, len(conversations)))
+            for of_kind, episode in zip(questions, one, strict=True):
+                of_kind.append(episode.questions[0])
+        yield told, questions
+
+
+@torch.no_grad()
+def remembered(model: Any, tokenizer: Any, kinds: Sequence[str], people: int, split: str, seed: int) -> list[Group]:
+    """Groups of people, with what the model remembers of what they told."""
+    found = []
+    for told, questions in groups(model, tokenizer, kinds, people, split, seed):
+        asked = []
+        for kind, of_kind in zip(kinds, questions, strict=True):
+            rows = [answer_labels(tokenizer, question) for question in of_kind]
+            longest = max(len(ids) for ids, _ in rows)
+            padded = [(ids + [tokenizer.pad_token_id] * (longest - len(ids)), labels + [IGNORED] * (longest - len(ids)))
+                      for ids, labels in rows]  # fmt: skip
+            mask = [[1] * len(ids) + [0] * (longest - len(ids)) for ids, _ in rows]
+            inputs = {"input_ids": torch.tensor([ids for ids, _ in padded]), "attention_mask": torch.tensor(mask)}
+            asked.append(Asked(kind, inputs, torch.tensor([labels for _, labels in padded]), of_kind))
+        found.append(Group(tell(model, tokenizer, told), asked))
+        print(f"{split}: {len(found) * ROWS} people told", flush=True)
+    return found
+
+
+@torch.no_grad()
+def reads(model: Any, places: Sequence[str], people: list[Group]) -> list[tuple[str, list[torch.Tensor]]]:
+    """What readers at places add while questions are read, [tokens, d_in] for each: by kind of question."""
+    found = []
+    for group in people:
+        for asked in group.asked:
+            real = asked.inputs["attention_mask"].bool()
+            with contextlib.ExitStack() as stack:
+                outputs = [stack.enter_context(captured(model, place)) for place in places]
+                model(**asked.inputs, past_key_values=group.memory.snapshot(), logits_to_keep=1)
+            found.append((asked.kind, [output[0][real].float() for output in outputs]))
+    return found
+
+
+def train(place: str, activations: list[torch.Tensor], args: argparse.Namespace) -> tuple[SparseAutoencoder, Any]:
+    """An autoencoder of one reader, and how well it explains reads; a tenth of them is kept from training for that."""
+    kept, seen = activations[::10], [a for index, a in enumerate(activations) if index % 10]
+    config = senri_hf.SparseAutoencoderConfig(
+        d_in=seen[0].shape[-1],
+        expansion_factor=args.expansion_factor,
+        variant="batchtopk",
+        k=args.k,
+        dead_after=20_000,
+        model_name=args.model,
+        hook_name=place,
+    )
+    settings = SparseAutoencoderTrainingArguments(
+        output_dir=str(args.output),
+        max_steps=args.steps,
+        learning_rate=args.lr,
+        lr_scheduler_type="cosine",
+        warmup_steps=args.steps // 20,
+        resample_every=max(1, args.steps // 10),
+        logging_steps=args.steps,
+        save_strategy="no",
+        report_to="none",
+        dataloader_pin_memory=False,
+        disable_tqdm=True,
+        seed=args.seed,
+    )
+    total = sum(map(len, seen))
+    stream = ActivationStream(
+        lambda start: seen[start:], args.batch_size, max(total, 2 * args.batch_size), reuse=10_000, seed=args.seed
+    )
+    trainer = SparseAutoencoderTrainer(SparseAutoencoder(config), settings, stream)
+    trainer.train()
+    sae = trainer.model.eval().cpu()
+    return sae, reconstruction_metrics(sae, kept)
+
+
+def activity(sae: SparseAutoencoder, by_kind: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean activation of latents on the questions of every kind, [kinds, d_sae], and how often they are active."""
+    latents = {kind: sae.encode(activations) for kind, activations in by_kind.items()}
+    density = torch.cat([values > 0 for values in latents.values()]).double().mean(0)
+    return torch.stack([values.mean(0) for values in latents.values()]).detach(), density
+
+
+def latents_of(kind: int, means: torch.Tensor, count: int) -> list[int]:
+    """The latents that add most on questions of a kind beyond what they add on those of any other kind."""
+    others = torch.cat([means[:kind], means[kind + 1 :]])
+    return (means[kind] - others.amax(0)).topk(count).indices.tolist()
+
+
+@torch.no_grad()
+def recalled(model: Any, people: list[Group]) -> dict[str, dict[str, float]]:
+    """By kind: `exact`, the share of answers whose every token is the most likely one; `nats`, -log p of a token."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for group in people:
+        for asked in group.asked:
+            logits = model(**asked.inputs, past_key_values=group.memory.snapshot()).logits[:, :-1].float()
+            wanted = asked.labels[:, 1:]
+            part, target = wanted != IGNORED, wanted.clamp_min(0)
+            right = (logits.argmax(-1) == target) | ~part
+            loss = -logits.log_softmax(-1).gather(-1, target[..., None])[..., 0]
+            entry = found.setdefault(asked.kind, {"exact": [], "nats": []})
+            entry["exact"] += right.all(-1).double().tolist()
+            entry["nats"] += ((loss * part).sum(-1) / part.sum(-1)).tolist()
+    return {kind: {name: sum(v) / len(v) for name, v in entry.items()} for kind, entry in found.items()}
+
+
+@contextlib.contextmanager
+def ablated(model: Any, autoencoders: list[SparseAutoencoder], latents: list[list[int]]) -> Iterator[None]:
+    """Inside, latents of every layer's read are zero."""
+    with contextlib.ExitStack() as stack:
+        for sae, chosen in zip(autoencoders, latents, strict=True):
+            if chosen:
+                stack.enter_context(intervene(model, None, sae, Edit(chosen, "ablate")))
+        yield
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", default="smollm2-135m-instruct")
+    add("--adapter", required=True, help="folder of an episodic memory adapter")
+    add(
+        "--kinds", nargs="+", default=["city", "colour", "pet_name", "job"], help="categories of senri_hf.tasks' values"
+    )
+    add("--people", type=int, default=48, help="to train on")
+    add("--test-people", type=int, default=16)
+    add("--expansion-factor", type=float, default=1)
+    add("--k", type=int, default=16)
+    add("--steps", type=int, default=300)
+    add("--batch-size", type=int, default=512, help="activations of a step")
+    add("--lr", type=float, default=2e-3)
+    add("--latents", type=int, default=16, help="latents of a kind in every layer")
+    add("--controls", type=int, default=1, help="random groups for every kind")
+    add("--seed", type=int, default=0)
+    add("--output", type=Path, default=Path("checkpoints/memory-reads"))
+    args = parser.parse_args()
+
+    began = time.process_time()
+    set_seed(args.seed)
+    base, tokenizer = senri_hf.load_base(args.model, progress=False)
+    model = PeftModel.from_pretrained(base, args.adapter).eval()
+    places = [name.removeprefix("base_model.model.") for name, _ in model.named_modules()
+              if name.endswith("memory_adapter.senri_block.default")]  # fmt: skip
+    if not places:
+        raise SystemExit(f"{args.adapter} is no memory adapter with readers")
+
+    found = reads(model, places, remembered(model, tokenizer, args.kinds, args.people, "train", args.seed))
+    autoencoders, measured, means, densities = [], {}, [], []
+    for index, place in enumerate(places):
+        sae, quality = train(place, [outputs[index] for _, outputs in found], args)
+        by_kind = {kind: torch.cat([o[index] for k, o in found if k == kind]) for kind in args.kinds}
+        with torch.no_grad():
+            mean, density = activity(sae, by_kind)
+        autoencoders.append(sae)
+        means.append(mean)
+        densities.append(density)
+        measured[place] = {name: value for name, value in quality.items() if name != "density"}
+        sae.save_pretrained(args.output / place)
+        print(place, measured[place], flush=True)
+
+    chosen = {kind: [latents_of(index, mean, args.latents) for mean in means] for index, kind in enumerate(args.kinds)}
+    every = [sorted({latent for groups in chosen.values() for latent in groups[layer]}) for layer in range(len(places))]
+    conditions: dict[str, list[list[int]]] = {"nothing": [[] for _ in places]}
+    conditions |= {f"{kind} latents": chosen[kind] for kind in args.kinds}
+    for number in range(args.controls):
+        for kind in args.kinds:
+            conditions[f"random, like {kind} ({number})" if args.controls > 1 else f"random, like {kind}"] = [
+                control_latents(density, latents, 1, seed=args.seed + number, exclude=excluded)[0]
+                for density, latents, excluded in zip(densities, chosen[kind], every, strict=True)
+            ]
+    test = remembered(model, tokenizer, args.kinds, args.test_people, "validation", args.seed)
+    recall = {}
+    for name, latents in conditions.items():
+        with ablated(model, autoencoders, latents):
+            recall[name] = recalled(model, test)
+        print(f"{name:28s}", {kind: round(value["exact"], 3) for kind, value in recall[name].items()}, flush=True)
+    with torch.no_grad(), model.disable_adapter():
+        recall["no memory"] = recalled(model, test)
+    result: dict[str, Any] = {
+        "settings": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
+        "autoencoders": measured,
+        "recall": recall,
+        "latents": {name: dict(zip(places, latents, strict=True)) for name, latents in conditions.items()},
+        "cpu_seconds": time.process_time() - began,
+    }
+    (args.output / "results.json").write_text(json.dumps(result, indent=1) + "\n")
+    plots.matrix(
+        [[entry[kind]["exact"] for kind in args.kinds] for entry in recall.values()],
+        list(recall),
+        [kind.replace("_", " ") for kind in args.kinds],
+        args.output / "recall.png",
+        label="answers recalled",
+        x_label="asked for",
+        y_label="ablated in what is read",
+    )
+    print(f"{args.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""`senri-hf sae`."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from models import tiny_model
+from sparse import Letters
+
+from senri_hf import SparseAutoencoder
+from senri_hf.commands.main import main
+
+
+def test_the_command_trains_resumes_measures_shows_and_exchanges(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("senri_hf.commands.sae.load", lambda arguments: (tiny_model("llama"), Letters()))
+    text = tmp_path / "text.txt"
+    text.write_text("It was the best of times, it was the worst of times. " * 40)
+    of_text = ["--text", str(text), "--piece", "16", "--rows", "4"]
+    train = ["sae", "train", "--module", "model.layers.1", "--output", str(tmp_path / "sae"), "--expansion-factor", "2",
+             "--k", "4", "--batch-size", "64", "--buffer-size", "400", "--save-every", "4", *of_text]  # fmt: skip
+    assert main([*train, "--steps", "4"]) == 0
+    assert main([*train, "--steps", "8", "--resume"]) == 0
+    sae = SparseAutoencoder.from_pretrained(tmp_path / "sae")
+    assert sae.config.hook_name == "model.layers.1" and sae.W_dec.shape == (64, 32)
+    training = json.loads((tmp_path / "sae" / "training.json").read_text())
+    assert training["log"][-1]["step"] == 8 and training["cpu_seconds"] > 0
+    assert main(["sae", "evaluate", str(tmp_path / "sae"), "--output", str(tmp_path / "found.json"), *of_text]) == 0
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["l0"] > 0 and len(found["density"]) == 64 and "kl_recovered" in found
+    assert (
+        main(["sae", "contexts", str(tmp_path / "sae"), "--latents", "3", "--top", "2", "--pieces", "9", *of_text]) == 0
+    )
+    assert "latent 3, active at" in capsys.readouterr().out
+    assert main(["sae", "export", str(tmp_path / "sae"), str(tmp_path / "lens")]) == 0
+    assert main(["sae", "import", str(tmp_path / "lens"), str(tmp_path / "back")]) == 0
+    x = torch.randn(5, 32)
+    torch.testing.assert_close(
+        SparseAutoencoder.from_pretrained(tmp_path / "back").eval().encode(x),
+        sae.eval().encode(x),
+        rtol=1e-4,
+        atol=1e-4,
+    )
+    capsys.readouterr()
+    assert main(["sae", "evaluate", str(tmp_path / "sae"), "--text", "no-such-book"]) == 2
+    assert "no-such-book" in capsys.readouterr().err
+    assert main(["sae", "evaluate", str(tmp_path / "sae"), "--pieces", "0", *of_text]) == 2
+    assert "--pieces 0" in capsys.readouterr().err

@@ -1,0 +1,53 @@
+"""How well an autoencoder explains activations, and what is left of predictions."""
+
+import pytest
+import torch
+from models import tiny_model, tokens
+from sparse import sparse_data
+
+from senri_hf import SparseAutoencoder, SparseAutoencoderConfig
+from senri_hf.interpretability import prediction_metrics, reconstruction_metrics
+
+
+@torch.no_grad()
+def test_explained_variance_is_global_and_exact_whatever_the_pieces() -> None:
+    torch.manual_seed(0)
+    sae = SparseAutoencoder(SparseAutoencoderConfig(d_in=16, d_sae=32, variant="topk", k=3)).eval()
+    x = sparse_data(500, 1)
+    x[:250] *= 0.01
+    whole = reconstruction_metrics(sae, [x])
+    pieces = reconstruction_metrics(sae, x.split(37))
+    error, latents = x - sae(x).reconstruction, sae.encode(x)
+    expected = 1 - error.double().square().sum() / (x.double() - x.double().mean(0)).square().sum()
+    for found in (whole, pieces):
+        assert found["explained_variance"] == pytest.approx(float(expected), abs=1e-6)
+        assert found["activations"] == 500 and found["l0"] == pytest.approx(float((latents > 0).sum() / 500))
+        torch.testing.assert_close(found["density"], (latents > 0).double().mean(0))
+        assert found["dead"] == pytest.approx(float((latents == 0).all(0).double().mean()))
+    with pytest.raises(ValueError, match="no activations"):
+        reconstruction_metrics(sae, [])
+
+
+def test_predictions_are_recovered_wholly_by_a_perfect_autoencoder_and_not_at_all_by_nothing() -> None:
+    model, ids = tiny_model("llama"), tokens(3, 9)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    sae = SparseAutoencoder(SparseAutoencoderConfig(d_in=32, d_sae=64, variant="relu")).eval()
+    with torch.no_grad():  # x = relu(x) - relu(-x)
+        sae.W_enc.copy_(torch.cat([torch.eye(32), -torch.eye(32)], dim=1))
+        sae.W_dec.copy_(sae.W_enc.T)
+    batches = [{"input_ids": ids, "attention_mask": mask}]
+    perfect = prediction_metrics(model, "model.layers.1", sae, batches)
+    assert perfect["cross_entropy_recovered"] == pytest.approx(1, abs=1e-3)
+    assert perfect["kl_recovered"] == pytest.approx(1, abs=1e-5)
+    with torch.no_grad():
+        logits = model(ids, attention_mask=mask).logits[:, :-1]
+        predicted = (mask[:, 1:] & mask[:, :-1]).bool()
+        loss = torch.nn.functional.cross_entropy(logits[predicted], ids[:, 1:][predicted])
+        sae.W_dec.zero_()
+    assert perfect["cross_entropy"] == pytest.approx(float(loss), rel=1e-5)
+    nothing = prediction_metrics(model, "model.layers.1", sae, batches)
+    assert nothing["cross_entropy_sae"] == nothing["cross_entropy_zero"]
+    assert nothing["kl_recovered"] == pytest.approx(0, abs=1e-9) and nothing["kl_sae"] > 0
+    with pytest.raises(ValueError, match="does not know its own"):
+        prediction_metrics(model, None, sae, batches)

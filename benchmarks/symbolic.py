@@ -84,7 +84,7 @@ def language_model() -> dict[str, Any]:
     command = ["-m", "senri_hf.commands.main", "sae"]
     if not (folder / "training.json").exists():
         run(*command, "train", *LANGUAGE_MODEL, *LANGUAGE_MODEL_TRAINING, "--resume", "--output", str(folder))
-    for what, extra in (("evaluate", []), ("contexts", ["--pieces", "200"])):
+    for what, extra in (("evaluate", ["--pieces", "16"]), ("contexts", ["--pieces", "120"])):
         if not (folder / f"{what}.json").exists():
             run(*command, what, str(folder), *LANGUAGE_MODEL, *extra, "--output", str(folder / f"{what}.json"))
     measured, training = (json.loads((folder / f"{name}.json").read_text()) for name in ("evaluate", "training"))

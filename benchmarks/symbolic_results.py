@@ -54,7 +54,8 @@ def cyclic_section(runs: dict[str, Any]) -> list[str]:
 
     row("loss above the Bayes floor, nats per symbol", "train/above_floor", ".5f")
     row("phases with the right next symbol, of 18", "train/phases_right")
-    for kind in next(iter(runs.values()))["check"]:
+    first = next(iter(runs.values()))
+    for kind in first["check"]:
         if kind != "settings":
             row(f"back in the cycle: {kind}", f"check/{kind}/returned", ".1%")
             row(f"forbidden steps per symbol: {kind}", f"check/{kind}/forbidden_per_symbol", ".5f")
@@ -63,10 +64,11 @@ def cyclic_section(runs: dict[str, Any]) -> list[str]:
         row(f"autoencoder, {name}: L0", f"sae/{where}/l0")
         row(f"autoencoder, {name}: never active", f"sae/{where}/dead", ".1%")
         row(f"autoencoder, {name}: divergence recovered", f"sae/{where}/kl_recovered")
-    row("phases that the best latent flips at its largest activation", "edit/best_flip_rate", ".1%")
+    strength = first["edit"]["settings"]["strength"]
+    row(f"phases that the best latent flips at {strength} times its largest activation", "edit/best_flip_rate", ".1%")
     row("the same, unseen contexts with one wrong symbol", "edit/best_flip_rate_unseen", ".1%")
-    row("random latents at theirs: mean", "edit/random_latents_mean", ".1%")
-    row("random latents at theirs: most", "edit/random_latents_most", ".1%")
+    row(f"random latents at {strength} times theirs: mean", "edit/random_latents_mean", ".1%")
+    row("random latents: most", "edit/random_latents_most", ".1%")
     row("random directions, changes as large as the best latent's: mean", "edit/random_directions_mean", ".1%")
     row("all latents set to those of another phase: what follows that one is said", "edit/patch_followed", ".1%")
     lines = table(["", *(f"seed {seed}" for seed in runs)], rows)

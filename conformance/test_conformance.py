@@ -73,7 +73,7 @@ class Tester:
         return self.get_config(), {"input_ids": ids, "attention_mask": mask}
 
 
-def tests_of(model_type: str) -> type:
+def common_tests(model_type: str) -> type:
     """The common tests of one family."""
     family = FAMILIES[model_type]
     module = importlib.import_module(f"senri_hf.modeling.{family.module}")
@@ -95,4 +95,4 @@ def tests_of(model_type: str) -> type:
 
 for _model_type, _family in FAMILIES.items():
     if "ForCausalLM" in _family.models:  # what reads no tokens is not what these tests are about
-        globals()[f"Test{_family.prefix}"] = tests_of(_model_type)
+        globals()[f"Test{_family.prefix}"] = common_tests(_model_type)

@@ -2,7 +2,7 @@
 
     python examples/memory_reads/ablate_facts.py --adapter examples/name_recall/adapters/smollm2-135m-instruct
 
-People tell facts of several kinds (their cities, colours, pets, jobs), one a conversation, and ask for each of them in
+People tell facts of several kinds (cities, colours, names of pets), one a conversation, and ask for each of them in
 a new one. Sparse autoencoders are trained on what the adapter's readers add to the residual stream there, one for each
 layer. A kind's latents are those that are more active on its questions than on those of any other kind. They are found
 with people to train on, and ablated with others, whose values and phrasings never occurred there. Random latents that
@@ -216,14 +216,12 @@ def main() -> None:
     add = parser.add_argument
     add("--model", default="smollm2-135m-instruct")
     add("--adapter", required=True, help="folder of an episodic memory adapter")
-    add(
-        "--kinds", nargs="+", default=["city", "colour", "pet_name", "job"], help="categories of senri_hf.tasks' values"
-    )
-    add("--people", type=int, default=48, help="to train on")
-    add("--test-people", type=int, default=16)
+    add("--kinds", nargs="+", default=["city", "colour", "pet_name"], help="categories of senri_hf.tasks' values")
+    add("--people", type=int, default=32, help="to train on")
+    add("--test-people", type=int, default=12)
     add("--expansion-factor", type=float, default=1)
     add("--k", type=int, default=16)
-    add("--steps", type=int, default=300)
+    add("--steps", type=int, default=250)
     add("--batch-size", type=int, default=512, help="activations of a step")
     add("--lr", type=float, default=2e-3)
     add("--latents", type=int, default=16, help="latents of a kind in every layer")

@@ -130,6 +130,8 @@ def sparsity_frontier(points: dict[str, Sequence[tuple[float, float]]], path: st
 def dose_responses(found: dict[str, Any], path: str | Path, *, y_label: str, x_label: str | None = None) -> Path:
     """What `dose_response` found: a panel for every group of latents, with its random latents and directions."""
     drawing, (row,) = figure(1, len(found["groups"]), width=4.2, height=3.4)
+    for axes in row[1:]:
+        axes.sharey(row[0])
     for axes, (name, group) in zip(row, found["groups"].items(), strict=True):
         for kind, label, colour in (("controls", "random latents", MUTED), ("directions", "random directions", "C0")):
             for index, control in enumerate(group[kind]):

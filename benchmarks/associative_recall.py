@@ -4,8 +4,9 @@
 
 A model has two layers of width 64. `hybrid` ones are an attention layer, which lets a token know the one before it, and
 the layer that is named; `memory only` ones are two layers of it. A head is 32 wide: 8 kB of matrix per memory layer.
-Training is AdamW on fresh sequences, with a warm-up and a cosine; the best of the learning rates is what is kept, by
-accuracy on sequences that were not trained on. Results are in `docs/associative_recall.json`.
+Training is AdamW on fresh sequences of 1,024 tokens a step, with a warm-up and a cosine. It begins with few pairs: with
+all of them at once, and with rotations of a quarter of the head, 800 steps teach nothing to attention either. What is
+scored are sequences that were not trained on. Results are in `docs/associative_recall.json`.
 """
 
 import argparse
@@ -23,7 +24,9 @@ from senri_hf.tasks import AssociativeRecall
 
 
 OUTPUT = Path(__file__).parents[1] / "docs" / "associative_recall.json"
-WIDTH, HEAD, VOCABULARY, ROWS, WARM_UP = 64, 32, 128, 64, 50
+WIDTH, HEAD, VOCABULARY, TOKENS, WARM_UP = 64, 32, 128, 1024, 50
+# Which share of the pairs is asked for, in five equal parts of the training.
+CURRICULUM = (1 / 8, 1 / 4, 1 / 2, 1, 1)
 
 
 def layers_of(model: str) -> list[dict[str, Any]]:
@@ -44,17 +47,17 @@ def build(model: str, seed: int) -> SenriForCausalLM:
             hidden_size=WIDTH,
             intermediate_size=2 * WIDTH,
             num_attention_heads=2,
-            initializer_range=0.1,  # at this width, the usual 0.02 leaves most of 800 steps to growing weights
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0},
         )
     )
 
 
 @torch.no_grad()
-def accuracy(model: SenriForCausalLM, task: AssociativeRecall, seed: int = 10**6, batches: int = 8) -> float:
+def accuracy(model: SenriForCausalLM, task: AssociativeRecall, seed: int = 10**6, batches: int = 32) -> float:
     """The share of values that are predicted, on sequences of their own seed."""
     generator, right = torch.Generator().manual_seed(seed), []
     for _ in range(batches):
-        ids, labels = task.batch(ROWS, generator)
+        ids, labels = task.batch(TOKENS // task.length, generator)
         asked = labels[:, 1:] >= 0
         right.append((model(ids, use_cache=False).logits[:, :-1].argmax(-1) == labels[:, 1:])[asked].float().mean())
     return float(torch.stack(right).mean())
@@ -63,13 +66,15 @@ def accuracy(model: SenriForCausalLM, task: AssociativeRecall, seed: int = 10**6
 def train(name: str, task: AssociativeRecall, seed: int, steps: int, rate: float) -> dict[str, Any]:
     """Train one model; what it scored."""
     model = build(name, seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1, step / WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / steps))
     )
     generator, start = torch.Generator().manual_seed(seed), time.perf_counter()
-    for _ in range(steps):
-        ids, labels = task.batch(ROWS, generator)
+    for step in range(steps):
+        pairs = max(1, round(task.pairs * CURRICULUM[len(CURRICULUM) * step // steps]))
+        now = AssociativeRecall(pairs, task.vocab_size)
+        ids, labels = now.batch(TOKENS // now.length, generator)
         loss = model(ids, labels=labels, use_cache=False).loss
         optimizer.zero_grad()
         loss.backward()
@@ -93,7 +98,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["attention", *everything])
     parser.add_argument("--pairs", type=int, nargs="+", default=[16])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--rates", type=float, nargs="+", default=[3e-3])
     parser.add_argument("--output", type=Path, default=OUTPUT)
     args = parser.parse_args()

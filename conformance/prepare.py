@@ -31,7 +31,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         source = f"transformers=={transformers.__version__}"
-        flags = ["--no-deps", "--no-build-isolation", "--no-binary", ":all:", "--dest", scratch]
+        flags = ["--no-deps", "--no-binary", ":all:", "--dest", scratch]
         subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", *flags, source], check=True)
         with tarfile.open(Path(scratch) / f"{name}.tar.gz") as archive:
             archive.extractall(folder, filter="data")

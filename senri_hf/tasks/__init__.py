@@ -13,6 +13,7 @@ from .recall import (
     values,
 )
 from .sequences import CyclicSequence, autocorrelation, lorenz_symbols, lorenz_trajectories
+from .world import WorldStory, world_story
 
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "Episode",
     "Passkey",
     "Question",
+    "WorldStory",
     "autocorrelation",
     "distractor_conversations",
     "lorenz_symbols",
@@ -31,4 +33,5 @@ __all__ = [
     "score_reply",
     "training_mixture",
     "values",
+    "world_story",
 ]

@@ -177,7 +177,6 @@ def measure(reader: Reader, run: Run) -> dict[int, dict[str, Any]]:
     remembers = adapted or run.settings is not None
     found: dict[int, dict[str, Any]] = {}
     for batch in batches(run):
-        started = time.perf_counter()
         settings = run.settings or {}
         memory = senri_hf.MemoryCache.for_model(reader.model, **settings) if remembers else None
         read = 0
@@ -192,12 +191,11 @@ def measure(reader: Reader, run: Run) -> dict[int, dict[str, Any]]:
             pairs = [
                 (q, r) for e, row in zip(batch, replies, strict=True) for q, r in zip(e.questions, row, strict=True)
             ]
-            row = found.setdefault(count, {"right": [], "free": [], "bytes": 0.0, "seconds": 0.0, "said": []})
+            row = found.setdefault(count, {"right": [], "free": [], "bytes": 0.0, "said": []})
             row["right"] += [score_reply(reply, question) for question, reply in pairs]
             if run.free:
                 row["free"] += free_replies(reader, batch, memory)
             row["bytes"] += kept(reader, batch, until, run.method, memory)
-            row["seconds"] += time.perf_counter() - started
             row["said"] += [[q.messages[-1]["content"], q.reply, reply] for q, reply in pairs[:3]]
     for row in found.values():
         right, free = row.pop("right"), row.pop("free")

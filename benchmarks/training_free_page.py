@@ -48,25 +48,27 @@ def recall_table(suites: dict[str, Any]) -> list[str]:
 
 
 def comparisons(suites: dict[str, Any]) -> list[str]:
-    """Where surprise does not beat recent and random at the same number of slots, and what the whole context gives."""
+    """Surprise beside recent and random at the same number of slots, and beside the whole context at a third of it."""
     lines = []
     for suite, found in suites.items():
         said = []
+        shares = {method: pooled(runs)[0] for method, runs in found.items()}
         for method in sorted(found, key=order):
             if not method.startswith("surprise"):
                 continue
-            ours, _ = pooled(found[method])
-            others = {p: found.get(method.replace("surprise", p)) for p in ("recent", "random")}
-            lost = [f"{p} ({pooled(runs)[0]:.1%})" for p, runs in others.items() if runs and pooled(runs)[0] >= ours]
-            if lost:
-                said.append(f"{method} ({ours:.1%}) does not beat {' and '.join(lost)}")
+            others = {policy: shares.get(method.replace("surprise", policy)) for policy in ("recent", "random")}
+            known = {policy: share for policy, share in others.items() if share is not None}
+            for beaten, verb in ((True, "beats"), (False, "does not beat")):
+                named = [f"{p} ({share:.1%})" for p, share in known.items() if (shares[method] > share) == beaten]
+                if named:
+                    said.append(f"{method} ({shares[method]:.1%}) {verb} {' and '.join(named)}")
         context = found.get("kept in context")
         if context is not None:
-            share, size = pooled(context)[0], size_of(context)
+            share, size = shares["kept in context"], size_of(context)
             small = {m: r for m, r in found.items() if m.startswith("surprise") and size_of(r) <= size / 3}
             if small:
-                best = max(small, key=lambda method: pooled(small[method])[0])
-                ours = pooled(small[best])[0]
+                best = max(small, key=lambda method: shares[method])
+                ours = shares[best]
                 verdict = "as good or better" if ours >= share else "worse"
                 said.append(
                     f"at no more than a third of the whole context's bytes {best} recalls {ours:.1%} where the whole "

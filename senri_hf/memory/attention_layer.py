@@ -172,7 +172,9 @@ class AttentionMemoryLayer(MemoryLayer):
                 layer.forget()
                 continue
             # A key that is longer by a factor scores higher by it, whatever the attention kernel.
-            layer.remember(*kept, layout.rotate(kept[0], positions, self.rotary) * (self.config.sharpness or 1.0))
+            # In float32, to round once.
+            moved = layout.rotate(kept[0].float(), positions, self.rotary) * (self.config.sharpness or 1.0)
+            layer.remember(*kept, moved.to(kept[0].dtype))
 
     # What attention is told.
 

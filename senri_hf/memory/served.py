@@ -16,6 +16,9 @@ from .rotation import KeyLayout, close, find_layout
 
 TOLERANCE = {torch.float32: 2e-3, torch.float64: 2e-3}
 TOLERANCE_OF_HALF = 0.08
+# Keys that were moved are rounded twice more, which large scores make much of: in bfloat16 the logits of Gemma 3 270M
+# then differ by 0.13 of the largest one.
+TOLERANCE_OF_HALF_LOGITS = 0.25
 DISTANCE = 5
 TOLD, ASKED = 7, 5
 
@@ -71,7 +74,7 @@ def try_out(
     whole = model(input_ids=ids, use_cache=True, past_key_values=DynamicCache(config=model.config)).logits[:, TOLD:]
     memory = remembers(told, layouts, rotary)
     ours = model(input_ids=asked, past_key_values=memory).logits
-    if not close(ours, whole, tolerance):
+    if not close(ours, whole, TOLERANCE.get(model.dtype, TOLERANCE_OF_HALF_LOGITS)):
         raise refusal(model, "with memory before the context its logits are not those of one longer context")
     return layouts, rotary
 

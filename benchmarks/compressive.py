@@ -3,7 +3,8 @@
     python benchmarks/compressive.py
 
 *Recall*: random Gaussian keys and values, each pair written once into one head of 64; a pair counts as recalled when
-what its key reads has a higher cosine with its value than with any other. *Speed*: one row of 4 heads of 64, 4,096
+what its key reads has a higher cosine with its value than with any other; `backward` asks by values for keys, which are
+compared without their mean. *Speed*: one row of 4 heads of 64, 4,096
 tokens, processor time of one thread, the chunk form beside the token-by-token reference and beside transformers' own
 `torch_chunk_gated_delta_rule`.
 Results are in `docs/compressive.json`.
@@ -22,7 +23,7 @@ from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated
 
 from senri_hf.configuration.compressive import UPDATE_RULES
 from senri_hf.memory import compressive_reference
-from senri_hf.memory.compressive import UpdateRule, elu_features, read, read_and_write, unit_features
+from senri_hf.memory.compressive import UpdateRule, elu_features, read, read_and_write, read_backwards, unit_features
 
 
 OUTPUT = Path(__file__).parents[1] / "docs" / "compressive.json"
@@ -33,7 +34,7 @@ def features_of(rule: str) -> Callable[[Tensor], Tensor]:
     return unit_features if rule == "gated_delta" else elu_features
 
 
-def recall(rule: str, pairs: int) -> float:
+def recall(rule: str, pairs: int, *, backward: bool = False) -> float:
     """The share of pairs that are recalled, a mean over `SEEDS` heads."""
     generator = torch.Generator().manual_seed(0)
     keys = torch.randn(SEEDS, pairs, SIZE, generator=generator)
@@ -42,9 +43,12 @@ def recall(rule: str, pairs: int) -> float:
     gates = (torch.ones(SEEDS, pairs), torch.zeros(SEEDS, pairs)) if rule == "gated_delta" else (None, None)
     empty = torch.zeros(SEEDS, SIZE, SIZE), torch.zeros(SEEDS, SIZE)
     _, memory, normaliser = read_and_write(*empty, k, k, values, UpdateRule(rule), *gates)
-    found = read(memory, normaliser, k, UpdateRule(rule)).values
+    if backward:
+        found, wanted = read_backwards(memory, values), k - k.mean(1, keepdim=True)
+    else:
+        found, wanted = read(memory, normaliser, k, UpdateRule(rule)).values, values
     unit = torch.nn.functional.normalize
-    nearest = (unit(found, dim=-1) @ unit(values, dim=-1).transpose(1, 2)).argmax(-1)
+    nearest = (unit(found, dim=-1) @ unit(wanted, dim=-1).transpose(1, 2)).argmax(-1)
     return (nearest == torch.arange(pairs)).float().mean().item()
 
 
@@ -110,6 +114,9 @@ def main() -> None:
     torch.set_num_threads(1)
     found = {
         "recall": {rule: {pairs: recall(rule, pairs) for pairs in (8, 16, 32, 64)} for rule in UPDATE_RULES},
+        "recall backward": {
+            rule: {pairs: recall(rule, pairs, backward=True) for pairs in (8, 16, 32, 64)} for rule in UPDATE_RULES
+        },
         "seconds": {rule: speed(rule) for rule in UPDATE_RULES},
     }
     args.output.write_text(json.dumps(found, indent=2) + "\n")

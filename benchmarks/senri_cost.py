@@ -89,7 +89,7 @@ def main() -> None:
                 new, held = json.loads(out), found[name].get(str(length))
                 found[name][str(length)] = new if held is None else {key: min(new[key], held[key]) for key in new}
                 print(turn, name, length, new, flush=True)
-        args.output.write_text(json.dumps(found, indent=2) + "\n")
+                args.output.write_text(json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":

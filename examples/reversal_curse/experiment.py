@@ -2,14 +2,14 @@
 
     python examples/reversal_curse/experiment.py            # writes docs/reversal_curse.json
 
-People like things, one to one; every word is a token. A question gives one side, `A likes` or `B is-liked-by`,
-and the other side is to be predicted; what is scored is the perplexity of that one word, and how often it is the
-likeliest. Forward is the direction in which the pair was told. All models have two layers and are trained alike.
+A text is a person and a thing, `A B` for "A is B"; every word is a token. A question is one of the two, and the other
+is to be predicted: what is scored is the perplexity of that word, and how often it is the likeliest. Forward is the
+direction in which the pair was told. All models have two layers and are trained alike.
 
 - `weights`: fixed pairs are trained on as text, all of them forward, and one half also backward, so that the model has
   seen what a backward question looks like. The other half is asked backward.
-- `context`: context-separated training. Every example tells four pairs, drawn anew, and asks for one of them in either
-  direction; only the answer is learned. Nothing can be learned by heart, and told and asked stand in one context.
+- `context`: context-separated training. Every example tells four pairs, drawn anew, and asks for them in one direction
+  or the other; only the answers are learned. Nothing can be learned by heart, and told and asked stand in one context.
 - `memory`: the same, with a memory layer; the context is cleared between telling and asking.
 - `memory, asked forward`: the same, but no backward question is ever trained on.
 - `memory, asked forward, read backward`: that model, of which the memory matrix itself is read backward: the value that
@@ -32,8 +32,9 @@ from senri_hf.memory.layout import Layout
 
 OUTPUT = Path(__file__).parents[2] / "docs" / "reversal_curse.json"
 PEOPLE, THINGS = 64, 64  # words of each kind; every one is a token
-LIKES, LIKED_BY = PEOPLE + THINGS, PEOPLE + THINGS + 1
-VOCABULARY, WIDTH, TOLD, ROWS, WARM_UP = PEOPLE + THINGS + 2, 64, 4, 64, 30
+VOCABULARY, WIDTH, TOLD, ROWS, WARM_UP = PEOPLE + THINGS, 64, 4, 64, 30
+# Pairs that are told, in four equal parts of the training.
+CURRICULUM = (1, 2, TOLD, TOLD)
 
 
 def build(seed: int, *, memory: bool) -> SenriForCausalLM:
@@ -49,32 +50,34 @@ def build(seed: int, *, memory: bool) -> SenriForCausalLM:
 
 
 def statements(people: Tensor, things: Tensor, backward: Tensor) -> Tensor:
-    """Pairs [...] as three tokens each, [..., 3]: `A likes B`, or `B is-liked-by A`."""
-    forward_text = torch.stack([people, torch.full_like(people, LIKES), things + PEOPLE], -1)
-    backward_text = torch.stack([things + PEOPLE, torch.full_like(people, LIKED_BY), people], -1)
-    return torch.where(backward[..., None], backward_text, forward_text)
+    """Pairs [...] as two tokens each, [..., 2]: `A B`, or `B A`."""
+    text = torch.stack([people, things + PEOPLE], -1)
+    return torch.where(backward[..., None], text.flip(-1), text)
 
 
-def draw(rows: int, generator: torch.Generator, backward: Tensor) -> tuple[Tensor, Tensor]:
-    """Pairs told, [rows, 3 * TOLD], and a question about one of them with its answer, [rows, 3]."""
-    people = torch.rand(rows, PEOPLE, generator=generator).argsort(1)[:, :TOLD]
-    things = torch.rand(rows, THINGS, generator=generator).argsort(1)[:, :TOLD]
+def draw(rows: int, told_pairs: int, generator: torch.Generator, backward: Tensor) -> tuple[Tensor, Tensor]:
+    """Pairs told, [rows, 2 * N], and asked for in another order, [rows, N, 2], each in the direction of its row."""
+    people = torch.rand(rows, PEOPLE, generator=generator).argsort(1)[:, :told_pairs]
+    things = torch.rand(rows, THINGS, generator=generator).argsort(1)[:, :told_pairs]
     told = statements(people, things, torch.zeros_like(people, dtype=torch.bool)).flatten(1)
-    asked = torch.randint(TOLD, (rows, 1), generator=generator)
-    return told, statements(people.gather(1, asked)[:, 0], things.gather(1, asked)[:, 0], backward)
+    order = torch.rand(rows, told_pairs, generator=generator).argsort(1)
+    directions = backward[:, None].expand(-1, told_pairs)
+    return told, statements(people.gather(1, order), things.gather(1, order), directions)
 
 
 def answers(model: Any, told: Tensor | None, asked: Tensor, *, apart: bool) -> Tensor:
-    """Logits of the answer, [rows, vocabulary]; `apart`: the context is cleared between telling and asking."""
-    question = asked[:, :2]
+    """Logits of the answers to asked [rows, N, 2], [rows * N, vocabulary]; `apart`: see `memory` above."""
+    questions = asked.flatten(1)
     if told is None:
-        return model(question, use_cache=False).logits[:, -1]
-    if not apart:
-        return model(torch.cat([told, question], 1), use_cache=False).logits[:, -1]
-    memory = MemoryCache.for_model(model)
-    model(told, past_key_values=memory)
-    memory.clear_context()
-    return model(question, past_key_values=memory).logits[:, -1]
+        logits = model(questions, use_cache=False).logits
+    elif not apart:
+        logits = model(torch.cat([told, questions], 1), use_cache=False).logits[:, told.shape[1] :]
+    else:
+        memory = MemoryCache.for_model(model)
+        model(told, past_key_values=memory)
+        memory.clear_context()
+        logits = model(questions, past_key_values=memory).logits
+    return logits[:, ::2].flatten(0, 1)
 
 
 def train(model: Any, steps: int, rate: float, batch: Any) -> None:
@@ -110,13 +113,13 @@ def in_weights(seed: int, steps: int, rate: float) -> dict[str, Any]:
     texts = torch.cat([statements(people, things, no), statements(people[:half], things[:half], yes)])
 
     def batch(step: int) -> Tensor:
-        rows = texts[torch.randint(len(texts), (ROWS,), generator=generator)]
-        return torch.nn.functional.cross_entropy(answers(model, None, rows, apart=False), rows[:, 2])
+        rows = texts[torch.randint(len(texts), (ROWS,), generator=generator)][:, None]
+        return torch.nn.functional.cross_entropy(answers(model, None, rows, apart=False), rows[:, 0, 1])
 
     train(model, steps, rate, batch)
     with torch.no_grad():
-        asked = [statements(people[half:], things[half:], direction[half:]) for direction in (no, ~no)]
-        return both(*(score(answers(model, None, rows, apart=False), rows[:, 2]) for rows in asked))
+        asked = [statements(people[half:], things[half:], direction[half:])[:, None] for direction in (no, ~no)]
+        return both(*(score(answers(model, None, rows, apart=False), rows[:, 0, 1]) for rows in asked))
 
 
 def from_what_is_told(
@@ -126,36 +129,36 @@ def from_what_is_told(
 
     def batch(step: int) -> Tensor:
         backward = (torch.rand(ROWS, generator=generator) < 0.5) & backward_too
-        told, asked = draw(ROWS, generator, backward)
-        return torch.nn.functional.cross_entropy(answers(model, told, asked, apart=memory), asked[:, 2])
+        told, asked = draw(ROWS, CURRICULUM[len(CURRICULUM) * step // steps], generator, backward)
+        return torch.nn.functional.cross_entropy(answers(model, told, asked, apart=memory), asked[..., 1].flatten())
 
     train(model, steps, rate, batch)
     held_out, scores = torch.Generator().manual_seed(10**6), []
     with torch.no_grad():
         for backward in (False, True):
-            told, asked = draw(512, held_out, torch.full((512,), backward))
-            scores.append(score(answers(model, told, asked, apart=memory), asked[:, 2]))
+            told, asked = draw(512, TOLD, held_out, torch.full((512,), backward))
+            scores.append(score(answers(model, told, asked, apart=memory), asked[..., 1].flatten()))
     return both(*scores), model
 
 
 @torch.no_grad()
 def read_backward(model: Any) -> dict[str, float]:
     """How often the pair is found by reading the matrix backward; by guessing, one in `TOLD`."""
-    told, asked = draw(512, torch.Generator().manual_seed(10**6), torch.ones(512, dtype=torch.bool))
+    told, asked = draw(512, TOLD, torch.Generator().manual_seed(10**6), torch.ones(512, dtype=torch.bool))
+    asked = asked[:, 0]
     memory = MemoryCache.for_model(model)
     model(told, past_key_values=memory)
     memory.clear_context()
     layer = model.model.layers[1]
     _, value = features(model, layer, asked[:, :1])
     found = memory.read_reverse(value)  # [rows, 1, heads, d_k]
-    candidates = told[:, ::3]
+    candidates = told[:, ::2]
     ways = []
     for number in range(TOLD):  # with what each person told of would be asked for
-        question = torch.stack([candidates[:, number], torch.full((len(told),), LIKES)], 1)
-        query, _ = features(model, layer, question)
+        query, _ = features(model, layer, candidates[:, number : number + 1])
         ways.append(torch.nn.functional.cosine_similarity(query[:, -1:].flatten(1), found.flatten(1)))
     chosen = candidates.gather(1, torch.stack(ways, 1).argmax(1, keepdim=True))[:, 0]
-    return {"right": (chosen == asked[:, 2]).float().mean().item(), "by guessing": 1 / TOLD}
+    return {"right": (chosen == asked[:, 1]).float().mean().item(), "by guessing": 1 / TOLD}
 
 
 def features(model: Any, layer: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -170,7 +173,7 @@ def features(model: Any, layer: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--output", type=Path, default=OUTPUT)
     args = parser.parse_args()

@@ -135,8 +135,8 @@ class _Told:
             person = self.chance.choice(sorted(self.place)) if self.place else None
             if person is None:
                 return None
-            place, said = self.place[person]
-            return f"Where is {person}?", place, (said,)
+            place, sentence = self.place[person]
+            return f"Where is {person}?", place, (sentence,)
         least = 1 if kind == KINDS[1] else 2
         things = sorted(thing for thing, trail in self.trail.items() if len(trail) >= least)
         if not things:

@@ -1,0 +1,90 @@
+"""The examples of Senri: what they compute is what they say."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Imports a script of an example."""
+
+    def script(path: str) -> Any:
+        monkeypatch.syspath_prepend(str((EXAMPLES / path).parent))
+        spec = importlib.util.spec_from_file_location(f"example_{Path(path).stem}", EXAMPLES / path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    yield script
+    sys.modules.pop("japanese", None)
+
+
+PAGE = "<html><h1>題</h1><p>名前はまだ無い。どこで<em>生れた</em>か\n とんと見当がつかぬ。</p><p>短い。</p></html>"
+
+
+def test_the_text_is_what_stands_in_paragraphs(load: Any, tmp_path: Path) -> None:
+    japanese = load("senri_japanese/japanese.py")
+    for name in ("ch01.ja.html", "ch10.ja.html"):
+        (tmp_path / name).write_text(PAGE.replace("名前", name), encoding="utf-8")
+    text, held_out = japanese.split(tmp_path)
+    assert text == "ch01.ja.htmlはまだ無い。どこで生れたか とんと見当がつかぬ。" and "ch10" in held_out
+    with pytest.raises(FileNotFoundError, match="apt-get install debian-reference-ja"):
+        japanese.split(tmp_path / "nothing")
+
+
+def test_no_text_is_unknown_to_a_tokenizer_of_bytes(load: Any) -> None:
+    japanese = load("senri_japanese/japanese.py")
+    tokenizer = japanese.train_tokenizer(["名前はまだ無い。"], 300)
+    for text in (*load("senri_japanese/verify.py").TEXTS, "\x00\x7f", " \n\t"):
+        assert tokenizer.decode(tokenizer(text)["input_ids"], clean_up_tokenization_spaces=False) == text
+    assert tokenizer.unk_token is None and tokenizer.pad_token == tokenizer.eos_token
+
+
+def test_a_segment_is_read_with_what_earlier_ones_left(load: Any) -> None:
+    """Carried memory changes later segments and not the first; a model without memory reads each by itself."""
+    pretrain = load("senri_japanese/pretrain.py")
+    torch.manual_seed(0)
+    config: dict[str, Any] = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    ids = torch.randint(0, 50, (2, 3 * pretrain.SEGMENT))
+    layers = pretrain.senri_layers(1) + pretrain.pythia_layers(1)
+    model = pretrain.SenriForCausalLM(pretrain.SenriConfig(layers=layers, **config)).eval()
+    carried, empty = (torch.stack(pretrain.segment_losses(model, ids, carried=c)) for c in (True, False))
+    assert carried[0] == empty[0] and not torch.equal(carried[1:], empty[1:])
+    carried[1].backward()
+    plain = pretrain.SenriForCausalLM(pretrain.SenriConfig(layers=pretrain.pythia_layers(2), **config)).eval()
+    first = plain(ids[:, -pretrain.SEGMENT :], labels=ids[:, -pretrain.SEGMENT :], use_cache=False).loss
+    torch.testing.assert_close(pretrain.segment_losses(plain, ids, carried=True)[-1], first)
+
+
+def test_a_question_is_about_what_was_told(load: Any) -> None:
+    reversal = load("reversal_curse/experiment.py")
+    backward = torch.tensor([True, False] * 4)
+    told, asked = reversal.draw(8, 4, torch.Generator().manual_seed(0), backward)
+    assert told.shape == (8, 8) and asked.shape == (8, 4, 2)
+    for row, pairs in enumerate(told.view(8, 4, 2).tolist()):
+        assert sorted(pairs) == sorted(pair[::-1] if backward[row] else pair for pair in asked[row].tolist())
+        assert all(person < reversal.PEOPLE <= thing for person, thing in pairs)
+
+
+@torch.no_grad()
+def test_what_is_told_reaches_the_answer_through_memory_alone(load: Any) -> None:
+    reversal = load("reversal_curse/experiment.py")
+    model = reversal.build(0, memory=True).eval()
+    told, asked = reversal.draw(4, 4, torch.Generator().manual_seed(0), torch.zeros(4, dtype=torch.bool))
+    other, _ = reversal.draw(4, 4, torch.Generator().manual_seed(1), torch.zeros(4, dtype=torch.bool))
+    logits = reversal.answers(model, told, asked, apart=True)
+    assert logits.shape == (16, reversal.VOCABULARY)
+    assert not torch.equal(logits, reversal.answers(model, other, asked, apart=True))
+    plain = reversal.build(0, memory=False).eval()
+    alone = reversal.answers(plain, None, asked, apart=False)
+    assert torch.equal(alone, plain(asked.flatten(1), use_cache=False).logits[:, ::2].flatten(0, 1))
+    assert 0 <= reversal.read_backward(model)["right"] <= 1

@@ -28,6 +28,7 @@ PLAIN = {"sharpness": 1.0}
 EACH: list[dict[str, Any]] = [
     {},
     {"slots": 64},
+    {"slots": 64, **PLAIN},
     {"slots": 64, "sharpness": 1.2},
     {"sharpness": 1.2},
     PLAIN,

@@ -47,9 +47,10 @@ demo: weights
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/name_recall/demo.py
 
 train-demo: weights
-	HF_HUB_OFFLINE=1 $(TRAIN) --model smollm2-135m-instruct --memory-layers 8,11,14,17,20,23,26,29 --lr 2e-3 \
-	  --gate-lr-multiplier 10 --keep-every 4 --prose-every 3 --batch-size 8 --grad-accum 1 --num-train 3200 --num-val 48 \
-	  --epochs 4 --max-steps 400 --eval-every 80 --save-every 40 --checkpoint-dir checkpoints/smollm2-135m-instruct --resume-if-begun
+	HF_HUB_OFFLINE=1 $(TRAIN) --model smollm2-135m-instruct --memory-layers 11,14,17,20,23,26 --rank 32 --lr 2e-3 \
+	  --gate-lr-multiplier 10 --topic-steps 120 --keep-every 4 --prose-every 3 --batch-size 8 --grad-accum 1 \
+	  --num-train 2560 --num-val 48 --epochs 1 --eval-every 80 --save-every 40 \
+	  --checkpoint-dir checkpoints/smollm2-135m-instruct --resume-if-begun
 
 results: weights gemma
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/results.py

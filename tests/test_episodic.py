@@ -443,6 +443,14 @@ def check_topic_size() -> None:
         assert reader.project(state).topics.shape[-1] == size
 
 
+def check_num_topics() -> None:
+    state = put_tokens(
+        blank(settings_of(), size=8), vectors(1, 4, torch.Generator().manual_seed(1), 8)[0], [1.0] * 4, settings_of()
+    )
+    for topics in (1, 3):
+        assert reader_of(settings_of(num_topics=topics), "grouped").project(state).topics.shape[1] == topics
+
+
 def check_contrastive_weight() -> None:
     test_a_token_like_a_stored_one_and_yet_different_is_surprising()
 
@@ -568,6 +576,7 @@ CHECKS = {
     "write_generated": check_write_generated,
     "init": check_init,
     "rank": check_rank,
+    "num_topics": check_num_topics,
     "topic_size": check_topic_size,
     "num_heads": check_num_heads,
 }
@@ -589,7 +598,7 @@ def test_every_check_is_of_a_setting() -> None:
 WRONG: list[tuple[dict[str, Any], str]] = [
     *(
         ({name: value}, name)
-        for name in ("buffer_slots", "predictor_rank", "segment_length", "topic_size")
+        for name in ("buffer_slots", "predictor_rank", "segment_length", "num_topics", "topic_size")
         for value in (0, 1.5, True, "8")
     ),
     *(({"store_slots": value}, "store_slots") for value in (-1, 0.5, None)),

@@ -228,6 +228,29 @@ def test_training_learns_and_evaluation_says_how_well(model: Any, tokenizer: Any
     assert 0 <= after["eval_exact"] <= 1
 
 
+@pytest.mark.parametrize("optimizer", ["adamw_torch_fused", "adamw_torch"])
+def test_evaluation_reads_with_the_weights_that_training_left(
+    model: Any, tokenizer: Any, tmp_path: Path, optimizer: str
+) -> None:
+    """Also those that an evaluation before had merged."""
+    runner = trainer(model, tokenizer, tmp_path, max_steps=4, optim=optimizer, save_strategy="no")
+    memory = tell(model.eval(), tokenizer, [[say("i am as", "ok")]])
+    question = {"input_ids": torch.arange(3, 9)[None], "past_key_values": memory}
+
+    def logits() -> Any:
+        return model(**question | {"past_key_values": memory.snapshot()}).logits
+
+    with torch.no_grad():
+        before = logits()
+    runner.train()
+    model.eval()
+    with_gradient = logits().detach()
+    with torch.no_grad():
+        without = logits()
+    assert not torch.allclose(before, without, atol=1e-3)
+    torch.testing.assert_close(without, with_gradient, atol=1e-4, rtol=1e-4)
+
+
 def test_asking_leaves_the_memory_as_it_is(model: Any, tokenizer: Any) -> None:
     memory = tell(model.eval(), tokenizer, [[say("i am as", "ok")], [say("i am user", "ok"), say("na", "my")]])
     before = {name: tensor.clone() for name, tensor in memory.state_dict().items()}

@@ -55,6 +55,8 @@ def parse() -> argparse.Namespace:
     add("--max-steps", type=int, default=-1, help="stop after this many steps, whatever the epochs")
     add("--buffer-slots", type=int, default=256, help="slots of the short-term buffer")
     add("--store-slots", type=int, default=128, help="slots of the surprise-gated store")
+    add("--rank", type=int, default=16, help="rank of the trained change of the layers' own attention; 0: full copies")
+    add("--topic-steps", type=int, default=0, help="steps before the first that only learn to tell conversations apart")
     add("--init", choices=("base_attention", "zero"), default="base_attention", help="what the memory read starts from")
     add(
         "--keep-every",
@@ -194,6 +196,7 @@ def main() -> None:
         buffer_slots=args.buffer_slots,
         store_slots=args.store_slots,
         init=args.init,
+        rank=args.rank or None,
     )
     model = get_peft_model(base, config)
     if args.from_adapter:
@@ -220,6 +223,7 @@ def main() -> None:
             weight_decay=0.01,
             gate_learning_rate_multiplier=args.gate_lr_multiplier,
             reuse_told_states=not args.read_told_live,
+            topic_steps=args.topic_steps,
             max_grad_norm=1.0,
             bf16=args.dtype == "bfloat16",
             use_cpu=not torch.cuda.is_available(),

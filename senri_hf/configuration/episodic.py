@@ -42,7 +42,8 @@ class EpisodicConfig:
             so that reading memory begins as re-reading the past. `"zero"`: random projections, the output zero.
         rank: With `init="base_attention"`, the rank of the trained change of each projection; None trains full copies.
             It is not read with `init="zero"`, whose projections are all trained.
-        topic_size: Width of the topics by which past conversations are told apart.
+        num_topics, topic_size: Topics by which past conversations are told apart, each pooled with weights of its own,
+            and their width.
         num_heads: Read heads for `init="zero"`; the model's own number when None. `init="base_attention"` has the
             layer's heads and refuses a value.
     """
@@ -67,6 +68,7 @@ class EpisodicConfig:
     write_generated: bool = field(default=True, metadata={"help": "Whether generated tokens are written."})
     init: str = field(default="base_attention", metadata={"help": "'base_attention' or 'zero'."})
     rank: int | None = field(default=16, metadata={"help": "Rank of the trained change of projections; None: full."})
+    num_topics: int = field(default=4, metadata={"help": "Topics by which conversations are told apart."})
     topic_size: int = field(default=32, metadata={"help": "Width of the topics of conversations."})
     num_heads: int | None = field(default=None, metadata={"help": "Read heads for init='zero'."})
 
@@ -77,6 +79,7 @@ class EpisodicConfig:
             ("store_slots", 0),
             ("predictor_rank", 1),
             ("segment_length", 1),
+            ("num_topics", 1),
             ("topic_size", 1),
             ("span", 0),
         ):

@@ -2,7 +2,7 @@
 
 import copy
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,14 @@ from .episodic_layer import EpisodicLayer
 
 
 LOW_RANK_SCALE = 2.0
-TOPIC_SCALE = 8.0
-# Logarithm of the largest weight that a token can have in a topic: sums of thousands of them are finite in float32.
-LARGEST_WEIGHT = 30.0
+# What scores of conversations start with: cosines times 20, as dense retrieval has them, and a preference for what was
+# told last that decides only between conversations about the same.
+TOPIC_SCALE = 20.0
+AGE_SCALE = 1.0
+# Score of a conversation of which nothing is held: no weight beside any other, and finite in every dtype.
+ABSENT = -1e4
+# Logarithm of the largest and, negative, of the smallest weight that a token can have in a topic.
+TOPIC_WEIGHT = 15.0
 
 # Conversations that are told apart when memory is read; older ones are taken together.
 CONVERSATIONS = 64
@@ -55,13 +60,17 @@ class AttentionWeights:
 
 @dataclass(frozen=True)
 class MemoryView:
-    """A memory as a reader sees it: keys and values of its slots. H heads, G key/value heads, head size d."""
+    """A memory as a reader sees it: keys and values of its slots and, last, of the null slot.
 
-    keys: Tensor  # [B, G, N + M, d]
-    topics: Tensor  # [B, G, C, t] of unit length, what was talked about in a conversation, by the conversation's age
-    values: Tensor  # [B, G, N + M, d]
-    conversation: Tensor  # [B, C, N + M] 1 where a slot was written in a conversation, by the conversation's age
-    bias: Tensor  # [B, H, N + M] added to scores; minus infinity hides a slot
+    H heads, G key/value heads of size d, S = N + M + 1 slots, P topics, C conversations by age.
+    """
+
+    keys: Tensor  # [B, G, S, d]
+    values: Tensor  # [B, G, S, d]
+    bias: Tensor  # [B, H, 1, S] added to scores; minus infinity hides a slot
+    conversation: Tensor  # [B, 1, C, S] 1 where a slot was written in a conversation
+    topics: Tensor  # [B, P, C, t] of unit length, what was talked about in a conversation
+    recency: Tensor  # [B, H, 1, C] added to scores of conversations
     stored: int  # M
 
 
@@ -72,8 +81,8 @@ class Reading:
     Attributes:
         added: [B, T, D], to be added to the residual stream.
         access: [B, T, M] the attention mass that every store slot received, a mean over heads.
-        conversation_scores: [B, H, T, C] the part of a slot's score that is its conversation's, minus infinity where
-            memory holds nothing of that conversation; None except in training.
+        conversation_scores: [B, H, T, C] the part of a slot's score that is its conversation's, the logarithm of a
+            share, minus infinity where memory holds nothing of that conversation; None except in training.
     """
 
     added: Tensor
@@ -85,11 +94,12 @@ class EpisodicReader(nn.Module):
     """Multi-head cross-attention from a layer's tokens to the memory's slots, and the surprise of those tokens.
 
     Slots hold the layer's input divided by its RMS; norm and projections are applied when they are read, so that each
-    of them learns. The score of a slot is that of its own key, plus the score of the conversation in which it was
-    written: topic_scale times the cosine of its topic and that of the open conversation so far, less
-    age_scale log(1 + age), so that heads learn how much they prefer what was said last. A topic is a projection of
-    tokens, pooled with learned weights. (A causal model's state of "Tom" in "Tom is my brother" knows nothing of a
-    brother; the conversation does.)
+    of them learns. The score of a slot is that of its own key, plus the logarithm of its conversation's share: the
+    softmax, over the conversations held, of topic_scale times the mean cosine of a conversation's topics and those of
+    the open one so far, less age_scale log(1 + age), so that heads learn how much they prefer what was said last. A
+    topic is a projection of tokens, pooled with learned weights. (A causal model's state of "Tom" in "Tom is my
+    brother" knows nothing of a brother; the conversation does.) Shares choose between conversations: one that stands
+    alone is read as if there were no topics.
 
     Beside the slots every head sees a null slot of value zero with a learned key and score: a token for which memory
     holds nothing reads nothing. What is read goes through a tanh gate per head, which starts at zero with
@@ -108,7 +118,7 @@ class EpisodicReader(nn.Module):
         self.v_proj = projection(attention.v, attention.biases.get("v"), rank)
         self.o_proj = projection(attention.o, None, rank)
         head_size, hidden_size = attention.q.shape[0] // self.num_heads, attention.q.shape[1]
-        topics = self.num_key_value_heads
+        topics = config.num_topics
         self.topic_proj = nn.Linear(hidden_size, topics * config.topic_size, bias=False)
         # What tokens count for in the topic of a past conversation, and in that of the open one.
         self.told_weight = nn.Linear(hidden_size, topics, bias=False)
@@ -120,12 +130,18 @@ class EpisodicReader(nn.Module):
         self.null_key = nn.Parameter(torch.zeros(self.num_key_value_heads, head_size))
         self.topic_scale = nn.Parameter(torch.full((self.num_heads,), TOPIC_SCALE))
         self.strength_scale = nn.Parameter(torch.ones(self.num_heads))
-        self.age_scale = nn.Parameter(torch.zeros(self.num_heads))
+        self.age_scale = nn.Parameter(torch.full((self.num_heads,), AGE_SCALE))
+        self.times_trained = 0
         self.predictor: nn.Module | None = None
         if config.surprise == "predictor":
             down, up = nn.Linear(hidden_size, config.predictor_rank), nn.Linear(config.predictor_rank, hidden_size)
             nn.init.zeros_(up.weight)
             self.predictor = nn.Sequential(down, nn.SiLU(), up)
+
+    def train(self, mode: bool = True) -> Self:
+        """Training changes weights, also where it leaves their version as it is, as fused optimizers do."""
+        self.times_trained += mode
+        return super().train(mode)
 
     def encode(self, hidden: Tensor) -> Tensor:
         """What is stored of a layer's input [B, T, D]: the input divided by its RMS, in float32."""
@@ -137,72 +153,84 @@ class EpisodicReader(nn.Module):
 
     def project(self, memory: EpisodicState) -> MemoryView:
         """Keys, values and score biases of all slots: strength_scale log(strength) for those of the buffer."""
-        slots = self.normalise(torch.cat([memory.buffer, memory.store], dim=1))
+        held = torch.cat([memory.buffer, memory.store], dim=1)
+        slots = self.normalise(held)
         keys = split_heads(self.k_proj(slots), self.num_key_value_heads)
         if self.k_norm is not None:
             keys = self.k_norm(keys)
+        null = self.null_key.to(keys.dtype)[None, :, None].expand(keys.shape[0], -1, -1, -1)
         values = split_heads(self.v_proj(slots), self.num_key_value_heads)
         age = torch.cat([memory.buffer_age, memory.store_age], dim=1).clamp_max(CONVERSATIONS - 1)
         live = torch.cat([memory.live_buffer(self.config), memory.live_store()], dim=1)
         decayed = self.strength_scale[:, None] * memory.strength.clamp_min(1e-9).log()[:, None]
-        bias = torch.nn.functional.pad(decayed, (0, memory.store.shape[1])).masked_fill(~live[:, None], -torch.inf)
+        bias = nn.functional.pad(decayed, (0, memory.store.shape[1])).masked_fill(~live[:, None], -torch.inf)
+        bias = torch.cat([bias, self.null_score[:, None].expand(bias.shape[0], -1, -1)], dim=2)
         conversation = age[:, None] == torch.arange(CONVERSATIONS, device=age.device)[:, None]
-        conversation = (conversation & live[:, None]).to(torch.float32)
-        told = self.topic_parts(torch.cat([memory.buffer, memory.store], dim=1), self.told_weight)
-        topics = self.topic((conversation @ told.flatten(2)).unflatten(-1, told.shape[2:]))
-        return MemoryView(keys, topics.transpose(1, 2), values, conversation, bias, memory.store.shape[1])
+        conversation = conversation & live[:, None]
+        told = conversation.to(torch.float32) @ self.topic_parts(held, self.told_weight)
+        return MemoryView(
+            keys=torch.cat([keys, null], dim=2),
+            values=nn.functional.pad(values, (0, 0, 0, 1)),
+            bias=bias[:, :, None].float(),
+            conversation=nn.functional.pad(conversation.to(torch.float32), (0, 1))[:, None],
+            topics=self.topics(told),
+            recency=self.recency(conversation.any(-1)),
+            stored=memory.store.shape[1],
+        )
 
     def topic_parts(self, encoded: Tensor, weight: nn.Module) -> Tensor:
-        """What tokens [B, T, D] add to topics: their projections and 1, times their weights, [B, T, G, t + 1]."""
+        """What tokens [B, T, D] add to topics: their projections times their weights, [B, T, P t]."""
         encoded = encoded.to(self.gate.dtype)
-        share = weight(encoded).float().clamp_max(LARGEST_WEIGHT).exp()[..., None]
-        return torch.cat([self.topic_proj(encoded).float().unflatten(-1, (share.shape[2], -1)) * share, share], dim=-1)
+        share = weight(encoded).float().clamp(-TOPIC_WEIGHT, TOPIC_WEIGHT).exp()
+        return (self.topic_proj(encoded).float().unflatten(-1, (share.shape[-1], -1)) * share[..., None]).flatten(2)
 
-    def topic(self, parts: Tensor) -> Tensor:
-        """The topics [..., t], of unit length, of summed parts [..., t + 1]; zero where nothing was summed."""
-        return nn.functional.normalize(parts[..., :-1] / parts[..., -1:].clamp_min(1e-9), dim=-1)
+    def topics(self, parts: Tensor) -> Tensor:
+        """The topics [B, P, N, t], of unit length, of summed parts [B, N, P t]; zero where nothing was summed."""
+        return nn.functional.normalize(parts.unflatten(-1, (self.config.num_topics, -1)), dim=-1).transpose(1, 2)
+
+    def recency(self, held: Tensor) -> Tensor:
+        """What is added to scores of conversations by age, [B, H, 1, C], given which of them are held, [B, C]."""
+        age = torch.log1p(torch.arange(held.shape[1], device=held.device))
+        return (-self.age_scale[:, None] * age).float().masked_fill(~held[:, None], ABSENT)[:, :, None]
 
     def asked_parts(self, encoded: Tensor, real: Tensor) -> Tensor:
-        """What tokens [B, T, D] add to the open conversation's topics, nothing where they are padding, flattened."""
-        return (self.topic_parts(encoded, self.asked_weight) * real[..., None, None]).flatten(2)
+        """What tokens [B, T, D] add to the open conversation's topics, nothing where they are padding."""
+        return self.topic_parts(encoded, self.asked_weight) * real[..., None]
+
+    def score_conversations(self, asked: Tensor, topics: Tensor, recency: Tensor) -> Tensor:
+        """The logarithm of every conversation's share for every token, [B, H, T, C] by age.
+
+        Args:
+            asked: As `forward` takes it. topics, recency: As a `MemoryView` has them.
+        """
+        similar = (self.topics(asked) @ topics.transpose(2, 3)).mean(1, keepdim=True)
+        return (self.topic_scale[:, None, None] * similar + recency).float().log_softmax(-1)
 
     def forward(self, encoded: Tensor, view: MemoryView, asked: Tensor) -> Reading:
         """Read memory.
 
         Args:
             encoded: [B, T, D], what `encode` made of the layer's input.
-            asked: [B, T, G (t + 1)] `asked_parts`, summed over the open conversation up to every token.
+            asked: [B, T, P t] `asked_parts`, summed over the open conversation up to every token.
         """
         batch, length, _ = encoded.shape
-        encoded = self.normalise(encoded)
-        query = self.q_proj(encoded).view(batch, length, self.num_heads, -1).transpose(1, 2)
+        query = self.q_proj(self.normalise(encoded)).view(batch, length, self.num_heads, -1).transpose(1, 2)
         if self.q_norm is not None:
             query = self.q_norm(query)
         groups = self.num_heads // self.num_key_value_heads
         query = query.reshape(batch, self.num_key_value_heads, groups * length, -1)
         score = (query @ view.keys.transpose(2, 3)).view(batch, self.num_heads, length, -1)
-        score = score.float() * self.scale + view.bias[:, :, None]
-        conversations = self.score_conversations(asked, view)
-        score = score + conversations @ view.conversation[:, None]
-        null = (query @ self.null_key[..., None]).float().view(batch, self.num_heads, length, 1) * self.scale
-        null = null + self.null_score.float()[:, None, None]
-        weight = torch.cat([score, null], dim=-1).softmax(-1)[..., :-1]
-        access = weight[..., weight.shape[-1] - view.stored :].detach().mean(1)
-        weight = weight * self.gate.float().tanh()[:, None, None]
-        weight = weight.to(view.values.dtype).view(batch, self.num_key_value_heads, groups * length, -1)
-        read = (weight @ view.values).view(batch, self.num_heads, length, -1).transpose(1, 2)
+        conversations = self.score_conversations(asked, view.topics, view.recency)
+        score = score.float() * self.scale + view.bias + conversations @ view.conversation
+        weight = score.softmax(-1)
+        access = weight[..., -1 - view.stored : -1].detach().mean(1)
+        weight = (weight * self.gate.float().tanh()[:, None, None]).to(view.values.dtype)
+        read = weight.view(batch, self.num_key_value_heads, groups * length, -1) @ view.values
+        read = read.view(batch, self.num_heads, length, -1).transpose(1, 2)
         added = self.o_proj(read.reshape(batch, length, -1))
         if not self.training:
             return Reading(added, access, None)
-        absent = ~view.conversation.any(-1)[:, None, None]
-        return Reading(added, access, conversations.masked_fill(absent, -torch.inf))
-
-    def score_conversations(self, asked: Tensor, view: MemoryView) -> Tensor:
-        """How much every token reads every conversation, [B, H, T, C] by age, before slots are told apart."""
-        topic = self.topic(asked.unflatten(-1, (self.num_key_value_heads, -1))).transpose(1, 2)
-        similar = (topic @ view.topics.transpose(2, 3)).repeat_interleave(self.num_heads // self.num_key_value_heads, 1)
-        age = torch.log1p(torch.arange(CONVERSATIONS, device=similar.device))
-        return self.topic_scale[:, None, None] * similar - self.age_scale[:, None, None] * age
+        return Reading(added, access, conversations.masked_fill(view.recency == ABSENT, -torch.inf))
 
     def view_of(self, layer: EpisodicLayer) -> MemoryView | None:
         """The committed memory of a cache layer, None for a blank one.
@@ -212,10 +240,10 @@ class EpisodicReader(nn.Module):
         memory = layer.readable
         if memory is None:
             return None
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or self.training:
             return self.project(memory)
         autocast = torch.is_autocast_enabled(memory.buffer.device.type)
-        key = (id(self), autocast, *(parameter._version for parameter in self.parameters()))
+        key = (id(self), autocast, self.times_trained, *(parameter._version for parameter in self.parameters()))
         if layer.projected is None or layer.projected[0] != key:
             layer.projected = (key, self.project(memory))
         return layer.projected[1]
@@ -234,7 +262,7 @@ class LowRankLinear(nn.Module):
     """A frozen projection and a trained low-rank change of it: y = (W + scale B A) x + b.
 
     See LoRA, Hu et al. 2021, eq. 3. W and b are copies of the base model's that no checkpoint holds: they come with the
-    base model.
+    base model. In evaluation the sum is one matrix in the base model's dtype.
     """
 
     base_weight: Tensor
@@ -242,24 +270,33 @@ class LowRankLinear(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None, rank: int) -> None:
         super().__init__()
-        self.register_buffer("base_weight", weight.detach().float().clone(), persistent=False)
-        self.register_buffer("base_bias", None if bias is None else bias.detach().float().clone(), persistent=False)
+        self.register_buffer("base_weight", weight.detach().clone(), persistent=False)
+        self.register_buffer("base_bias", None if bias is None else bias.detach().clone(), persistent=False)
         self.down = nn.Parameter(torch.randn(rank, weight.shape[1], device=weight.device) * weight.shape[1] ** -0.5)
         self.up = nn.Parameter(torch.zeros(weight.shape[0], rank, device=weight.device))
         self.merged: tuple[Any, Tensor] | None = None
 
+    def train(self, mode: bool = True) -> Self:
+        """Training changes weights, also where it leaves their version as it is, as fused optimizers do."""
+        self.merged = None
+        return super().train(mode)
+
     def forward(self, x: Tensor) -> Tensor:
         linear = nn.functional.linear
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or self.training:
             x = x.to(self.down.dtype)
-            return linear(x, self.base_weight, self.base_bias) + LOW_RANK_SCALE * linear(linear(x, self.down), self.up)
-        return linear(x.to(self.down.dtype), self.merged_weight(), self.base_bias)
+            bias = None if self.base_bias is None else self.base_bias.to(x.dtype)
+            change = linear(linear(x, self.down), self.up)
+            return linear(x, self.base_weight.to(x.dtype), bias) + LOW_RANK_SCALE * change
+        weight = self.merged_weight()
+        return linear(x.to(weight.dtype), weight, self.base_bias)
 
     def merged_weight(self) -> Tensor:
         """W + scale B A, kept while neither changes."""
         key = (self.down._version, self.up._version, self.down.data_ptr(), self.base_weight.data_ptr())
         if self.merged is None or self.merged[0] != key:
-            self.merged = (key, self.base_weight + LOW_RANK_SCALE * self.up @ self.down)
+            change = LOW_RANK_SCALE * self.up.float() @ self.down.float()
+            self.merged = (key, (self.base_weight.float() + change).to(self.base_weight.dtype))
         return self.merged[1]
 
 

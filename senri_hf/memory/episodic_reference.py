@@ -192,12 +192,17 @@ def read(reader: EpisodicReader, encoded: Tensor, memory: EpisodicState) -> Read
             heads, mass = [], []
             for head in range(reader.num_heads):
                 group = head * reader.num_key_value_heads // reader.num_heads
+                share = {
+                    age: (
+                        reader.topic_scale[head] * (topic * asked).sum(-1).mean()
+                        - reader.age_scale[head] * math.log(1 + age)
+                    ).exp()
+                    for age, topic in told.items()
+                }
                 scores = []
                 for slot in living:
-                    similar = told[ages[slot]][group] @ asked[group]
-                    age = math.log(1 + ages[slot])
                     score = reader.scale * queries[head] @ keys[slot, group]
-                    score = score + reader.topic_scale[head] * similar - reader.age_scale[head] * age
+                    score = score + (share[ages[slot]] / sum(share.values())).log()
                     if slot < buffered:
                         score = score + reader.strength_scale[head] * memory.strength[row, slot].log()
                     scores.append(score)
@@ -217,9 +222,9 @@ def read(reader: EpisodicReader, encoded: Tensor, memory: EpisodicState) -> Read
 
 
 def topics(reader: EpisodicReader, tokens: Tensor, weight: torch.nn.Module) -> Tensor:
-    """The topics [G, t] of tokens [N, D]: the direction of the weighted mean of their projections."""
+    """The topics [P, t] of tokens [N, D]: the direction of the weighted mean of their projections."""
     share = weight(tokens).softmax(0)
-    projected = reader.topic_proj(tokens).unflatten(-1, (reader.num_key_value_heads, -1))
+    projected = reader.topic_proj(tokens).unflatten(-1, (reader.config.num_topics, -1))
     return torch.nn.functional.normalize((share[..., None] * projected).sum(0), dim=-1)
 
 

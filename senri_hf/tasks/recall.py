@@ -24,6 +24,8 @@ Conversation = list[Message]
 SPLITS = ("train", "validation")
 RELATION_SPLITS = ("train", "held_out")
 NAME_RELATION = "name"
+# How many facts an episode of the training mixture tells, each as likely.
+FACTS_TOLD = (1, 1, 2, 3, 4, 5, 7, 10)
 
 _SENTENCE_START = re.compile(r"(?:^|[.!?]\s+)\{v\}")
 _ARTICLE = re.compile(r"^(?:an?|the)\s+")
@@ -324,8 +326,9 @@ def recall_episodes(
 def training_mixture(seed: int = 0, tellings: int | None = None) -> Iterator[Episode]:
     """Endless varied training episodes, the same for the same seed.
 
-    Two to ten facts, sometimes several in a conversation; three in ten with a correction, four in ten with one, two,
-    three or eight distractors, about a quarter with the user's name among the facts; two questions.
+    One to ten facts, few oftener than many, sometimes several in a conversation; three in ten with a correction, four
+    in ten with one, two, three or eight distractors, about a quarter with the user's name among the facts; two
+    questions, where there are two facts.
 
     With ``tellings`` every relation has at most that many values (the user's name eight times as many) and a value is
     always told in the same words: conversations come again in other company, and need not be read again to train.
@@ -336,16 +339,16 @@ def training_mixture(seed: int = 0, tellings: int | None = None) -> Iterator[Epi
     pool = [relation for relation in _relations("train") if relation["key"] != NAME_RELATION]
     (name,) = _relations(NAME_RELATION)
     while True:
-        facts = rng.randint(2, 10)
+        facts = rng.choice(FACTS_TOLD)
         chosen = rng.sample(pool, facts)
         if rng.random() < 0.25:
             chosen[0] = name
         if not _room(chosen):  # more facts about weekdays, say, than there are weekdays
             continue
-        together = rng.randint(2, facts) if rng.random() < 0.15 else 1
+        together = rng.randint(2, facts) if facts > 1 and rng.random() < 0.15 else 1
         distractors = rng.choice((1, 2, 3, 8)) if rng.random() < 0.4 else 0
         yield _build(
-            rng, chosen, "train", facts, together, distractors, rng.random() < 0.3, questions=2, tellings=tellings
+            rng, chosen, "train", facts, together, distractors, rng.random() < 0.3, min(2, facts), tellings=tellings
         )
 
 

@@ -18,6 +18,8 @@ class MemoryTrainingArguments(TrainingArguments):
         reuse_told_states: Read conversations without a label as if memory were blank, compute what they leave in memory
             once and reuse it whenever the same text is told again. Several epochs over long episodes then cost little
             more than their questions; what is given up is that memory also shaped how later conversations were read.
+        topic_steps: Steps before the first in which the episodic memory learns only which conversation answers which
+            question, on states that are read without memory; needs `reuse_told_states`.
         keep_loss_weight: Weight of the divergence from the base model where a conversation is marked `keep`.
         memory_lr, lora_lr, base_model_lr: Learning rates of memory, of LoRA and of everything else; `learning_rate`
             where None.
@@ -33,6 +35,7 @@ class MemoryTrainingArguments(TrainingArguments):
     )
     predictor_loss_weight: float = field(default=1.0, metadata={"help": "Weight of the surprise predictor's loss."})
     reuse_told_states: bool = field(default=False, metadata={"help": "Read told conversations once, without memory."})
+    topic_steps: int = field(default=0, metadata={"help": "Steps of learning to tell conversations apart, before."})
     keep_loss_weight: float = field(default=1.0, metadata={"help": "Weight of staying as the base model is."})
     memory_lr: float | None = field(default=None, metadata={"help": "Learning rate of memory."})
     lora_lr: float | None = field(default=None, metadata={"help": "Learning rate of LoRA."})
@@ -52,6 +55,11 @@ class MemoryTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"reuse_told_states was given with detach_every={self.detach_every}, but no gradient leads into states "
                 "that are reused; use one of the two"
+            )
+        if self.topic_steps < 0 or (self.topic_steps and not self.reuse_told_states):
+            raise ValueError(
+                f"topic_steps={self.topic_steps} was given with reuse_told_states={self.reuse_told_states}, but it "
+                "must be a whole number of at least 0, and topics are learned on reused states; set reuse_told_states"
             )
         for name in (
             "gate_learning_rate_multiplier",

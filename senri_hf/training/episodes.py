@@ -2,6 +2,7 @@
 
 from typing import Any, cast
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 
@@ -69,3 +70,8 @@ def encode_text(
         )
     ids = tokenizer(message["content"], truncation=max_length is not None, max_length=max_length)["input_ids"]
     return {"input_ids": ids, "labels": [IGNORED] * len(ids), "keep": [int(bool(message.get("keep")))] * len(ids)}
+
+
+def learned_columns(wanted: Tensor) -> Tensor:
+    """The columns whose next token is wanted, [B, T], in some row: those whose logits are needed."""
+    return wanted.any(0)[1:].nonzero()[:, 0]

@@ -1,6 +1,6 @@
 """What told conversations leave in memory, computed once a text."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +64,18 @@ class ToldStates:
         for start in range(0, len(texts), ROWS_AT_ONCE):
             self._read([torch.tensor(ids, device=device) for ids in texts[start : start + ROWS_AT_ONCE]])
 
-    def _read(self, texts: list[Tensor]) -> None:
+    @property
+    def blocks(self) -> list[tuple[int, EpisodicBlock]]:
+        """The blocks that write, each with its layer's place in what `layer_inputs` and `states_of` return."""
+        return [
+            (index, cast(EpisodicBlock, block))
+            for index, adapter in enumerate(self.layers)
+            for block in adapter.blocks.values()
+        ]
+
+    @torch.no_grad()
+    def layer_inputs(self, input_ids: Tensor, attention_mask: Tensor) -> list[Tensor]:
+        """The inputs [B, T, D] of all layers with memory, read with a blank one."""
         inputs: dict[MemoryAdapterLayer, Tensor] = {}
 
         def note(adapter: MemoryAdapterLayer) -> Any:
@@ -75,28 +86,38 @@ class ToldStates:
 
         handles = [layer.register_forward_pre_hook(note(a), with_kwargs=True) for a, layer in self.layers.items()]
         try:
-            ids = pad_sequence(texts, batch_first=True)
-            mask = pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)
-            with torch.no_grad():
-                self.decoder(input_ids=ids, attention_mask=mask, use_cache=False)
+            self.decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
         finally:
             for handle in handles:
                 handle.remove()
-        for row, text in enumerate(texts):
-            self.states[tuple(text.tolist())] = [inputs[a][row, : len(text)].bfloat16() for a in self.layers]
+        return [inputs[adapter] for adapter in self.layers]
 
-    def write(self, memory: MemoryCache, input_ids: Tensor, attention_mask: Tensor) -> None:
-        """Write a conversation, ids and mask [B, T], into the memory; every row was `read` before."""
+    def _read(self, texts: list[Tensor]) -> None:
+        mask = pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)
+        inputs = self.layer_inputs(pad_sequence(texts, batch_first=True), mask)
+        for row, text in enumerate(texts):
+            self.states[tuple(text.tolist())] = [states[row, : len(text)].bfloat16() for states in inputs]
+
+    def states_of(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[list[Tensor], Tensor]:
+        """For every layer [B, T, D] of a conversation whose rows were `read` before, and which are real, [B, T]."""
         rows = [tuple(ids[mask.bool()].tolist()) for ids, mask in zip(input_ids, attention_mask, strict=True)]
         lengths = torch.tensor([len(row) for row in rows], device=input_ids.device)
         real = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
+        states = []
+        for index, adapter in enumerate(self.layers):
+            empty = torch.zeros(0, adapter.hidden_size, device=input_ids.device)
+            held = [self.states[row][index].float() if row else empty for row in rows]
+            states.append(pad_sequence(held, batch_first=True))
+        return states, real
+
+    def write(self, memory: MemoryCache, input_ids: Tensor, attention_mask: Tensor) -> None:
+        """Write a conversation, ids and mask [B, T], into the memory; every row was `read` before."""
+        states, real = self.states_of(input_ids, attention_mask)
         for index, adapter in enumerate(self.layers):
             for name, block in adapter.blocks.items():
                 layer = memory.memory_layer(adapter.layer_idx, name)
                 assert isinstance(layer, EpisodicLayer) and isinstance(block, EpisodicBlock)
-                empty = block.null_key.new_zeros(0, adapter.hidden_size)
-                states = [self.states[row][index].float() if row else empty for row in rows]
-                encoded = block.encode(pad_sequence(states, batch_first=True))
+                encoded = block.encode(states[index])
                 access = encoded.new_zeros(*real.shape, layer.config.store_slots)
                 asked = encoded.new_zeros(*real.shape, 0)  # the conversation ends here and asked for nothing
                 tokens = Tokens(encoded, torch.zeros_like(encoded[..., 0]), access, asked, real)

@@ -1,6 +1,6 @@
 """Training of memory on episodes."""
 
-import math
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -10,9 +10,10 @@ from transformers.trainer_utils import EvalPrediction
 
 from ..memory import MemoryCache
 from .arguments import MemoryTrainingArguments
-from .episodes import IGNORED
+from .episodes import IGNORED, learned_columns
 from .groups import learning_rate_of
 from .told import ToldStates
+from .topics import retrieval_loss, train_topics
 
 
 SCALARS = (".gate", ".null_score", ".topic_scale", ".strength_scale", ".age_scale")
@@ -39,6 +40,27 @@ class MemoryTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self.label_names = []
         self.told = ToldStates(cast(PreTrainedModel, self.model)) if self.args.reuse_told_states else None
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """`Trainer.train`, after `topic_steps` steps of topics alone when training begins anew."""
+        if self.args.topic_steps and not resume_from_checkpoint:
+            assert self.told is not None
+            self._move_model_to_device(cast(nn.Module, self.model), self.args.device)
+            train_topics(
+                self.told,
+                self.endless_batches(),
+                self.args.topic_steps,
+                self.args.learning_rate,
+                lambda gradient: self.accelerator.reduce(gradient, reduction="mean"),
+                quiet=self.args.disable_tqdm or not self.is_world_process_zero(),
+            )
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def endless_batches(self) -> Iterator[dict[str, Any]]:
+        """Training batches, over and over."""
+        while True:
+            for batch in self.get_train_dataloader():
+                yield self._prepare_inputs(batch)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer of `args`, with gates and other scalars per head at their own rate and without weight decay."""
@@ -162,33 +184,9 @@ class MemoryTrainer(Trainer):
         return loss.detach(), share, share
 
 
-def retrieval_loss(scores: Tensor, labelled: Tensor, told_ago: Tensor) -> Tensor:
-    """-log of the probability that a token reads the conversation in which its answer was told, a mean over heads.
-
-    The mean is of probabilities, not of losses: heads may go on looking elsewhere as long as some look there.
-
-    Args:
-        scores: [B, H, T, C] of conversations by age, minus infinity for those of which nothing is held.
-        labelled: [B, T] the tokens that count. told_ago: [B] the age asked for, 0 where it is not known.
-    """
-    rows = torch.arange(scores.shape[0], device=scores.device)
-    age = told_ago.clamp_max(scores.shape[-1] - 1)
-    known = (told_ago > 0) & scores[rows, 0, 0, age].isfinite() & labelled.any(1)
-    if not bool(known.any()):
-        return scores.new_zeros(())
-    scores, labelled, age = scores[known].float(), labelled[known], age[known]
-    log_share = scores.log_softmax(-1)[torch.arange(len(age), device=age.device), :, :, age]
-    return -(log_share.logsumexp(1) - math.log(scores.shape[1]))[labelled].mean()
-
-
 def model_inputs(conversation: dict[str, Any]) -> dict[str, Tensor]:
     """What of a conversation the model takes."""
     return {name: conversation[name] for name in ("input_ids", "attention_mask")}
-
-
-def learned_columns(wanted: Tensor) -> Tensor:
-    """The columns whose next token is wanted, [B, T], in some row: those whose logits are needed."""
-    return wanted.any(0)[1:].nonzero()[:, 0]
 
 
 def exact_share(prediction: EvalPrediction) -> dict[str, float]:

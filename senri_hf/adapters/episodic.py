@@ -90,13 +90,16 @@ class EpisodicBlock(EpisodicReader, MemoryBlock):
             memory.conversation_scores = reading.conversation_scores
         if self.predictor is None:
             context.at_end(write_surprised, Written(memory, encoded, access, asked))
+            return read
+        tokens = Tokens(encoded, torch.zeros_like(encoded[..., 0]), access, asked, real)
+        at_once = self.training or torch.is_grad_enabled() or self.config.read_scope == "committed_segments"
+        if encoded.shape[1] > 1 or at_once:
+            self.write_predicted(memory, tokens, context.all_real)
         else:
-            self.write_predicted(
-                memory, Tokens(encoded, torch.zeros_like(encoded[..., 0]), access, asked, real), context.all_real
-            )
+            memory.defer(tokens, self.write_predicted)
         return read
 
-    def write_predicted(self, memory: EpisodicLayer, tokens: Tokens, all_real: bool) -> None:
+    def write_predicted(self, memory: EpisodicLayer, tokens: Tokens, all_real: bool = False) -> None:
         """Write tokens with the surprise that the predictor finds in them; where it trains, keep its loss."""
         assert self.predictor is not None
         encoded, real = tokens.hidden.detach(), tokens.real

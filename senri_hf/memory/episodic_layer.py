@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -12,6 +12,10 @@ from ..configuration import EpisodicConfig
 from .episodic import EMPTY, EpisodicState, add_access, end_conversation, pass_cycles, stage_segment, take
 from .layer import ROLLBACK_TOKENS, MemoryLayer
 from .state import RowState, check_tensors
+
+
+# Columns of decoding that are taken in together: work for each of them by itself would cost more than what it does.
+WAITING_TOKENS = 32
 
 
 @dataclass(frozen=True)
@@ -117,24 +121,44 @@ class EpisodicLayer(MemoryLayer):
         self.hidden_size = hidden_size  # where it is known, a memory of another size is refused
         self.config = config if config is not None else EpisodicConfig()
         self.writes_generated = self.config.write_generated
-        self.now: Progress | None = None
+        self._now: Progress | None = None
+        # Columns that wait to be taken in, what they add to what is asked about, and what takes them in.
+        self.waiting: tuple[Tokens, ...] = ()
+        self.waiting_asked: Tensor | None = None
+        self.take_in: Callable[[EpisodicLayer, Tokens], None] | None = None
         self.journal: Journal | None = None
-        self.projected: tuple[Any, Any] | None = None  # what a reader derived from the committed memory
+        self.projected: tuple[Any, Any, Any] | None = None  # what a reader derived from the committed memory
+
+    @property
+    def now(self) -> Progress | None:
+        """Where the conversation stands, everything taken in; None before anything was."""
+        if self.waiting and self.take_in is not None:
+            tokens = Tokens.join(self.waiting)
+            self._forget_waiting()
+            self.take_in(self, tokens)
+        return self._now
+
+    @now.setter
+    def now(self, now: Progress | None) -> None:
+        self._now = now
 
     @property
     def readable(self) -> EpisodicState | None:
         """The committed memory, None where nothing was ever committed."""
-        return None if self.now is None or self.now.blank else self.now.committed
+        return None if self._now is None or self._now.blank else self._now.committed
 
     def previous(self, hidden: Tensor) -> Tensor:
         """The last written token of this conversation for the rows of hidden [B, T, D]: [B, D], zero at its start."""
-        return self._begin(hidden).previous
+        self._begin(hidden)
+        return cast(Progress, self.now).previous
 
     def asked_upto(self, parts: Tensor) -> Tensor:
         """What was asked about up to each of the next tokens, given what these add to it, [B, T, K]."""
-        before = None if self.now is None else self.now.asked
         upto = parts.cumsum(1)
-        return upto if before is None else upto + before[:, None]
+        for before in (None if self._now is None else self._now.asked, self.waiting_asked):
+            if before is not None:
+                upto = upto + before[:, None]
+        return upto
 
     def blocks(self, real: Tensor) -> list[tuple[int, int]]:
         """Split the next columns, real [B, T], where a segment of some row is complete, as (start, stop) pairs."""
@@ -147,9 +171,23 @@ class EpisodicLayer(MemoryLayer):
         stops = (torch.arange(1, columns + 1, device=real.device)[ends]).tolist()
         return list(zip([0, *stops[:-1]], stops, strict=True))
 
+    def defer(self, tokens: Tokens, take_in: "Callable[[EpisodicLayer, Tokens], None]") -> None:
+        """Have `take_in(self, columns)` called for the next columns and others together, before memory is looked at.
+
+        Until then nothing changes but what is asked about: what a conversation leaves is read from the next one on.
+        """
+        self._begin(tokens.hidden)
+        self.waiting = (*self.waiting, tokens)
+        asked = tokens.asked.sum(1)
+        self.waiting_asked = asked if self.waiting_asked is None else self.waiting_asked + asked
+        self.take_in = take_in
+        if len(self.waiting) >= WAITING_TOKENS:
+            _ = self.now
+
     def append(self, tokens: Tokens) -> None:
         """Take in the next columns and stage the segments that they complete."""
-        now = self._begin(tokens.hidden)
+        self._begin(tokens.hidden)
+        now = cast(Progress, self.now)
         old = tokens.columns - ROLLBACK_TOKENS
         if old > 0:  # too far back ever to be taken back: taken in, not kept
             now = self._absorb(now, tokens.slice(0, old))
@@ -188,6 +226,7 @@ class EpisodicLayer(MemoryLayer):
         self.now = Progress(state, state, torch.zeros_like(self.now.previous), blank=blank)
 
     def reset(self) -> None:
+        self._forget_waiting()
         self.now, self.journal, self.projected = None, None, None
 
     def decay(self, cycles: int) -> None:
@@ -230,8 +269,13 @@ class EpisodicLayer(MemoryLayer):
     def copy(self) -> "EpisodicLayer":
         """A layer that goes its own way from here. Tensors are shared: they are never changed in place."""
         layer = copy.copy(self)
-        layer.losses, layer.conversation_scores = [], None
+        layer.losses, layer.conversation_scores, layer.projected = [], None, self.projected
         return layer
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied or pickled: nothing that waits, and nothing of a model."""
+        _ = self.now
+        return self.__dict__ | {"take_in": None, "projected": None}
 
     def state_dict(self) -> dict[str, Tensor]:
         state = None if self.now is None else self._closed(self.now).detach()
@@ -255,7 +299,7 @@ class EpisodicLayer(MemoryLayer):
 
     @property
     def rows(self) -> int | None:
-        return None if self.now is None else self.now.staged.batch_size
+        return None if self._now is None else self._now.staged.batch_size
 
     @property
     def nbytes(self) -> int:
@@ -288,12 +332,14 @@ class EpisodicLayer(MemoryLayer):
             else 0.0,
         }
 
-    def _begin(self, hidden: Tensor) -> Progress:
+    def _forget_waiting(self) -> None:
+        self.waiting, self.waiting_asked = (), None
+
+    def _begin(self, hidden: Tensor) -> None:
         self.check_rows(hidden.shape[0])
-        if self.now is None:
+        if self._now is None:
             state = EpisodicState.empty(hidden.shape[0], hidden.shape[-1], self.config, hidden.device)
             self.now = Progress(state, state, torch.zeros_like(hidden[:, 0], dtype=torch.float32))
-        return self.now
 
     def _absorb(self, now: Progress, tokens: Tokens) -> Progress:
         """`now` after `tokens`."""

@@ -242,11 +242,14 @@ class EpisodicReader(nn.Module):
             return None
         if torch.is_grad_enabled() or self.training:
             return self.project(memory)
-        autocast = torch.is_autocast_enabled(memory.buffer.device.type)
-        key = (id(self), autocast, self.times_trained, *(parameter._version for parameter in self.parameters()))
-        if layer.projected is None or layer.projected[0] != key:
-            layer.projected = (key, self.project(memory))
-        return layer.projected[1]
+        key = (id(self), torch.is_autocast_enabled(memory.buffer.device.type), self.times_trained)
+        if layer.projected is not None:
+            known, versions, view = layer.projected
+            if known == key and all(parameter._version == version for parameter, version in versions):
+                return view
+        view = self.project(memory)
+        layer.projected = (key, [(parameter, parameter._version) for parameter in self.parameters()], view)
+        return view
 
     def prediction_error(self, encoded: Tensor, previous: Tensor) -> Tensor:
         """RMS error of the predictor of a token's stored form from that of the token before, [B, T].

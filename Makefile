@@ -59,11 +59,13 @@ bench: weights
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/speed.py
 
 # transformers' own common tests on every registered model class; KNOWN in the file says what does not hold, and why.
+# `make conformance FAMILY=TensorMemory` runs those of one family.
 conformance: setup
 	$(PIP) parameterized
 	$(BIN)/python conformance/prepare.py $(VENV)/conformance
 	TRANSFORMERS_TESTS=$$(echo $(VENV)/conformance/transformers-*) HF_HUB_OFFLINE=1 \
-	  $(BIN)/python -m pytest -c /dev/null --rootdir conformance -q -W ignore conformance/test_conformance.py
+	  $(BIN)/python -m pytest -c /dev/null --rootdir conformance -q -W ignore -k '$(FAMILY)' \
+	  conformance/test_conformance.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -34,8 +34,16 @@ SHARED = {
     "eos_token_id": 98,
 }
 SIZES: dict[str, dict[str, Any]] = {
+    "tensor_memory": {
+        "bias": True,
+        "normalize_qkv": False,
+        "layers": [[{"dim": 8, "eps": 1e-6, "use_delta_rule": True}] * 4] * 2,
+    },
     "senri": {"num_attention_heads": 2},  # a quarter of a head is rotated, and scaled rotations need two pairs of it
 }
+
+# Families in which no layer has attention weights to be looked at.
+WITHOUT_ATTENTION = {"tensor_memory"}
 
 # Test (of one model type, or of all under "*") and why it does not hold.
 KNOWN: dict[str, dict[str, str]] = {
@@ -82,6 +90,7 @@ def common_tests(model_type: str) -> type:
         all_model_classes = tuple(getattr(module, family.prefix + kind) for kind in family.models)
         pipeline_model_mapping: dict[str, type] = {}  # noqa: RUF012
         model_tester = None
+        has_attentions = model_type not in WITHOUT_ATTENTION
 
         def setUp(self) -> None:
             self.model_tester = Tester(self, model_type)

@@ -169,7 +169,6 @@ def test_a_head_of_ones_own_is_used_where_it_is_handed_in() -> None:
         (lambda: config(num_hidden_layers=3), "num_hidden_layers=3"),
         (lambda: config(bias=[True]), r"bias=\[True\].*2 layers"),
         (lambda: config(intermediate_size=0), "intermediate_size=0"),
-        (lambda: config(tie_word_embeddings=False), "tie_word_embeddings=False"),
         (lambda: config(hidden_dropout=0.1), "hidden_dropout=0.1.*no dropout"),
         (lambda: MultiHeadMemory([]), "at least one TensorMemory"),
         (lambda: MultiHeadMemory([DELTA]), "at least one TensorMemory"),

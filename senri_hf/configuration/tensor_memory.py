@@ -64,7 +64,7 @@ class TensorMemoryConfig(PreTrainedConfig):
             out every one of them.
         initializer_range: Standard deviation of initial weights; None scales each matrix by its inputs.
         use_cache: Whether a forward pass returns a cache; None for True, as in other models.
-        tie_word_embeddings: True or None: embeddings are always tied.
+        tie_word_embeddings: Whether the head is the token embeddings; None for True.
         layer_types, num_hidden_layers: Follow from `layers`, and may be left out.
 
     Raises:
@@ -116,9 +116,7 @@ class TensorMemoryConfig(PreTrainedConfig):
         check_whole("hidden_size", self.hidden_size, 1)
         for layer_idx in range(len(self.layers)):
             check_whole("intermediate_size", self.of_layer("intermediate_size", layer_idx), 1)
-        if self.tie_word_embeddings is False:
-            raise ValueError("tie_word_embeddings=False was given, but the embeddings of this model are tied")
-        self.tie_word_embeddings = True
+        self.tie_word_embeddings = self.tie_word_embeddings is not False
         self.use_cache = self.use_cache is not False
         super().__post_init__(**kwargs)
 

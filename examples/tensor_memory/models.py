@@ -119,3 +119,17 @@ ORDER = TensorMemoryForCausalLM.from_layers(
         ),
     ],
 )
+
+# Not trained: to see what heads that do not fade can tell of an order.
+ORDER_LASTING = TensorMemoryForCausalLM.from_layers(
+    vocab_size=ORDER_VOCABULARY,
+    layers=[
+        TensorMemoryLayer(
+            [TensorMemory(LASTING_32), TensorMemory(LASTING_32)],
+            hidden_size=RECALL_HIDDEN,
+            intermediate_size=RECALL_INTERMEDIATE,
+            bias=True,
+            normalize_qkv=False,
+        ),
+    ],
+)

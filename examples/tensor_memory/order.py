@@ -7,7 +7,8 @@ pairs that are held out:
 
 - *asked*: a text is read, its context is cleared, and `ASK` is put to what memory holds: is A more likely than B?
 - *probe*: a linear probe (ridge regression) on the matrices and normalisers alone scores all words by whether they came
-  first; it is fitted on texts with the pairs that were trained on. The model before training is probed in the same way.
+  first; it is fitted on texts with the pairs that were trained on. The model before training is probed in the same way,
+  and so is one layer of heads that do not fade: a sum does not tell in which order it was added up.
 
 Settings are in `settings.py`, models in `models.py`; results go into `docs/tensor_memory.json`.
 """
@@ -16,7 +17,7 @@ import copy
 from typing import Any
 
 import torch
-from models import ORDER
+from models import ORDER, ORDER_LASTING
 from settings import (
     ORDER_ASK,
     ORDER_GAPS,
@@ -129,6 +130,9 @@ if __name__ == "__main__":
             "asked, held-out pairs": asked(ORDER, held_out_pairs, chance),
             "asked, trained pairs": asked(ORDER, trained_pairs, chance),
             "probe, held-out pairs": probed(ORDER, trained_pairs, held_out_pairs, chance),
-            "probe of the untrained model, held-out pairs": probed(untrained, trained_pairs, held_out_pairs, chance),
+            "probe before training, held-out pairs": probed(untrained, trained_pairs, held_out_pairs, chance),
+            "probe of one layer of heads that do not fade": probed(
+                ORDER_LASTING, trained_pairs, held_out_pairs, chance
+            ),
         },
     )

@@ -25,7 +25,7 @@ READS = EXAMPLES / "memory_reads" / "ablate_facts.py"
 ADAPTER = EXAMPLES / "name_recall" / "adapters" / "smollm2-135m-instruct"
 STORE = DOCS / "symbolic.json"
 SEEDS = (0, 1, 2)
-PARTS = ("cyclic", "lorenz", "language_model", "memory")
+PARTS = ("cyclic", "variants", "lorenz", "language_model", "memory")
 SAELENS = "saelens"
 LANGUAGE_MODEL = ["--model", "smollm2-135m-instruct"]
 LANGUAGE_MODEL_TRAINING = ["--module", "model.layers.8", "--expansion-factor", "4", "--k", "32", "--steps", "500"]
@@ -66,6 +66,14 @@ def cyclic(seed: int) -> dict[str, Any]:
     if seed == SEEDS[0]:
         for name in ("train", "sae", "edit"):
             keep_figures(name, folders[name])
+    return found
+
+
+def variants() -> dict[str, Any]:
+    """Variants of autoencoders beside each other, on the model of the first seed."""
+    model = (WORK / f"train-{SEEDS[0]}").relative_to(ROOT)
+    found = result_of(WORK / "variants", CYCLIC / "compare_variants.py", "--model", str(model))
+    keep_figures("variants", WORK / "variants")
     return found
 
 
@@ -156,12 +164,14 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="*", type=int, default=list(SEEDS))
     args = parser.parse_args()
     parts = {
+        "variants": variants,
         "lorenz": lorenz,
         "language_model": language_model,
         SAELENS: saelens,
         "memory": lambda: memory(args.adapter),
     }
     parts = {
+        "variants": variants,
         "lorenz": lorenz,
         "language_model": language_model,
         SAELENS: saelens,

@@ -8,6 +8,7 @@ FIGURES = {
     "train": ("training.png", "attention.png"),
     "sae": ("training.png", "density.png", "cycle.png"),
     "edit": ("dose_response.png",),
+    "variants": ("frontier.png",),
     "lorenz": ("training.png", "autocorrelation.png"),
     "memory": ("recall.png",),
     "smollm2": ("density.png",),
@@ -22,6 +23,7 @@ def render(found: dict[str, Any]) -> list[str]:
     ]
     for part, title, section in (
         ("cyclic", "The cyclic sequence", cyclic_section),
+        ("variants", "Variants of autoencoders", variants_section),
         ("lorenz", "The Lorenz system in three symbols", lorenz_section),
         ("language_model", "A layer of SmolLM2-135M, on real text", language_model_section),
         ("saelens", "The same autoencoder in SAELens", saelens_section),
@@ -55,10 +57,9 @@ def cyclic_section(runs: dict[str, Any]) -> list[str]:
     row("loss above the Bayes floor, nats per symbol", "train/above_floor", ".5f")
     row("phases with the right next symbol, of 18", "train/phases_right")
     first = next(iter(runs.values()))
-    for kind in first["check"]:
-        if kind != "settings":
-            row(f"back in the cycle: {kind}", f"check/{kind}/returned", ".1%")
-            row(f"forbidden steps per symbol: {kind}", f"check/{kind}/forbidden_per_symbol", ".5f")
+    for kind in first["check"]["kinds"]:
+        row(f"back in the cycle: {kind}", f"check/kinds/{kind}/returned", ".1%")
+        row(f"forbidden steps per symbol: {kind}", f"check/kinds/{kind}/forbidden_per_symbol", ".5f")
     for where, name in (("windows", "the windows"), ("unseen", "unseen contexts")):
         row(f"autoencoder, {name}: explained variance", f"sae/{where}/explained_variance")
         row(f"autoencoder, {name}: L0", f"sae/{where}/l0")
@@ -73,6 +74,21 @@ def cyclic_section(runs: dict[str, Any]) -> list[str]:
     row("all latents set to those of another phase: what follows that one is said", "edit/patch_followed", ".1%")
     lines = table(["", *(f"seed {seed}" for seed in runs)], rows)
     return [*lines, "", "Figures of seed 0:", *figures("train", "sae", "edit")]
+
+
+def variants_section(found: dict[str, Any]) -> list[str]:
+    settings = found["settings"]
+    lines = [
+        f"`python examples/cyclic_sequence/compare_variants.py`, the model of seed 0, {settings['steps']} steps.",
+        "",
+    ]
+    rows = []
+    for variant, entries in found["variants"].items():
+        for entry in entries:
+            name = next(iter(entry))
+            cells = [f"{entry['l0']:.2f}", f"{entry['explained_variance']:.4f}", f"{entry['dead']:.0%}"]
+            rows.append([variant, f"{name.replace('_', ' ')} {entry[name]}", *cells])
+    return lines + table(["variant", "", "L0", "explained variance", "dead"], rows) + figures("variants")
 
 
 def lorenz_section(found: dict[str, Any]) -> list[str]:

@@ -9,12 +9,11 @@ Writes `results.json` into `--output`.
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from train_cyclic import contexts
+from train_cyclic import contexts, write_results
 from train_sae import task_of
 from transformers import AutoModelForCausalLM
 
@@ -57,8 +56,7 @@ def main() -> None:
     kinds["a single symbol"] = torch.arange(task.symbols)[:, None]
     kinds["true windows"] = torch.tensor(task.windows(block))
     found = {name: judged(model, task, given, args.length) for name, given in kinds.items()}
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "results.json").write_text(json.dumps(found, indent=1) + "\n")
+    write_results(args, {"kinds": found})
     for name, row in found.items():
         print(
             f"{name:34s} {row['contexts']:4.0f} contexts, back in the cycle {row['returned']:6.1%} after "

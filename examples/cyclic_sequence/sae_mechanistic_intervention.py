@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from train_cyclic import contexts
-from train_sae import task_of, write_results
+from train_cyclic import contexts, write_results
+from train_sae import task_of
 from transformers import AutoModelForCausalLM
 
 from senri_hf import SparseAutoencoder

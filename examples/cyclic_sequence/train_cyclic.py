@@ -90,6 +90,13 @@ def evaluate(
     return result
 
 
+def write_results(args: argparse.Namespace, found: dict[str, Any]) -> None:
+    """What a run found, below its settings, as `results.json` in `--output`."""
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / "results.json").write_text(json.dumps({"settings": settings, **found}, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -149,8 +156,7 @@ def main() -> None:
     model.eval().cpu()
     result = evaluate(model, task, testing, args.rollout_length)
     model.save_pretrained(args.output)
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    (args.output / "results.json").write_text(json.dumps({"settings": settings, **result}, indent=1) + "\n")
+    write_results(args, result)
 
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     curves = {

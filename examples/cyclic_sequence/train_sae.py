@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from train_cyclic import TRAINED_WRONG, contexts
+from train_cyclic import TRAINED_WRONG, contexts, write_results
 from transformers import AutoModelForCausalLM, set_seed
 
-import senri_hf
+from senri_hf import SparseAutoencoder, SparseAutoencoderConfig
 from senri_hf.configuration.sparse_autoencoder import VARIANTS
 from senri_hf.interpretability import (
     ActivationStream,
@@ -41,13 +41,6 @@ def task_of(model_folder: Path) -> tuple[CyclicSequence, dict[str, Any]]:
     return CyclicSequence(settings["symbols"], settings["hold"]), settings
 
 
-def write_results(args: argparse.Namespace, found: dict[str, Any]) -> None:
-    """What a run found, below its settings, as `results.json` in `--output`."""
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "results.json").write_text(json.dumps({"settings": settings, **found}, indent=1) + "\n")
-
-
 def batches(rows: list[list[int]]) -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": torch.tensor(rows[start : start + ROWS])} for start in range(0, len(rows), ROWS)]
 
@@ -59,32 +52,22 @@ def measure(model: Any, module: str, sae: Any, rows: list[list[int]]) -> dict[st
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_training(parser: argparse.ArgumentParser, steps: int) -> None:
+    """The arguments that `trained` reads, and the model."""
     add = parser.add_argument
     add("--model", type=Path, default=Path("checkpoints/cyclic"), help="folder that train_cyclic.py wrote")
     add("--layer", type=int, default=0, help="the residual stream after this layer is looked at")
-    add("--contexts", choices=("windows", "wrong"), default="windows")
-    add("--variant", choices=VARIANTS, default="topk")
-    add("--expansion-factor", type=float, default=0.5, help="latents per dimension")
-    add("--k", type=int, default=4, help="active latents, for topk and batchtopk")
-    add("--sparsity-coefficient", type=float, default=0.1, help="penalty, for relu, jumprelu and gated")
-    add("--steps", type=int, default=8000)
+    add("--steps", type=int, default=steps)
     add("--batch-size", type=int, default=720, help="activations of a step")
     add("--lr", type=float, default=1e-2)
     add("--seed", type=int, default=0)
-    add("--output", type=Path, default=Path("checkpoints/cyclic-sae"))
-    args = parser.parse_args()
 
-    set_seed(args.seed)
-    model = AutoModelForCausalLM.from_pretrained(args.model).eval()
-    task, settings = task_of(args.model)
-    block, module = settings["block"], f"model.layers.{args.layer}"
-    windows = task.windows(block)
-    training, testing = contexts(task, block, settings["held_out"])
-    rows = windows if args.contexts == "windows" else windows * 20 + [context for context, _ in training]
-    unseen = [context for wrong in TRAINED_WRONG for context in testing[wrong]]
 
+def trained(
+    model: Any, module: str, rows: list[list[int]], args: argparse.Namespace, **config: Any
+) -> tuple[SparseAutoencoder, list[dict[str, float]]]:
+    """An autoencoder of a module's activations on contexts, and the log of its training."""
+    block = len(rows[0])
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(args.seed)).tolist()
     mixed = batches([rows[index] for index in order])
     stream = ActivationStream(
@@ -94,16 +77,13 @@ def main() -> None:
         reuse=max(1, args.steps * args.batch_size // (len(rows) * block)),
         seed=args.seed,
     )
-    sae = senri_hf.SparseAutoencoder(
-        senri_hf.SparseAutoencoderConfig(
+    sae = SparseAutoencoder(
+        SparseAutoencoderConfig(
             d_in=model.config.hidden_size,
-            expansion_factor=args.expansion_factor,
-            variant=args.variant,
-            k=args.k,
-            sparsity_coefficient=args.sparsity_coefficient,
             bandwidth=0.3,
             dead_after=20 * len(rows) * block,
             hook_name=module,
+            **config,
         )
     )
     trainer = SparseAutoencoderTrainer(
@@ -127,12 +107,46 @@ def main() -> None:
         stream,
     )
     trainer.train()
-    sae.eval().save_pretrained(args.output)
+    return sae.eval(), trainer.state.log_history
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_training(parser, steps=8000)
+    add = parser.add_argument
+    add("--contexts", choices=("windows", "wrong"), default="windows")
+    add("--variant", choices=VARIANTS, default="topk")
+    add("--expansion-factor", type=float, default=0.5, help="latents per dimension")
+    add("--k", type=int, default=4, help="active latents, for topk and batchtopk")
+    add("--sparsity-coefficient", type=float, default=0.1, help="penalty, for relu, jumprelu and gated")
+    add("--output", type=Path, default=Path("checkpoints/cyclic-sae"))
+    args = parser.parse_args()
+
+    set_seed(args.seed)
+    model = AutoModelForCausalLM.from_pretrained(args.model).eval()
+    task, settings = task_of(args.model)
+    block, module = settings["block"], f"model.layers.{args.layer}"
+    windows = task.windows(block)
+    training, testing = contexts(task, block, settings["held_out"])
+    rows = windows if args.contexts == "windows" else windows * 20 + [context for context, _ in training]
+    unseen = [context for wrong in TRAINED_WRONG for context in testing[wrong]]
+
+    sae, log = trained(
+        model,
+        module,
+        rows,
+        args,
+        expansion_factor=args.expansion_factor,
+        variant=args.variant,
+        k=args.k,
+        sparsity_coefficient=args.sparsity_coefficient,
+    )
+    sae.save_pretrained(args.output)
 
     result = {name: measure(model, module, sae, rows) for name, rows in (("windows", windows), ("unseen", unseen))}
     write_results(args, result)
 
-    logged = [entry for entry in trainer.state.log_history if "l0" in entry]
+    logged = [entry for entry in log if "l0" in entry]
     plots.training_curves(
         {"unexplained variance": [(entry["step"], 1 - entry["explained_variance"]) for entry in logged]},
         args.output / "training.png",

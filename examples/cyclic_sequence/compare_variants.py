@@ -1,0 +1,56 @@
+"""Compare the variants of sparse autoencoders: how much each explains of a layer, with how many latents active.
+
+    python examples/cyclic_sequence/compare_variants.py
+
+Every variant is trained a few times on the layer of the transformer that `train_cyclic.py` trained, for other numbers
+of active latents or other penalties, and measured on all windows of the sequence.
+
+Writes `results.json` and a figure into `--output`.
+"""
+
+import argparse
+from pathlib import Path
+
+from train_cyclic import write_results
+from train_sae import add_training, batches, task_of, trained
+from transformers import AutoModelForCausalLM, set_seed
+
+from senri_hf.interpretability import module_activations, plots, reconstruction_metrics
+
+
+COUNTS = ("topk", "batchtopk")  # variants that are told how many latents are active; others have a penalty
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_training(parser, steps=1000)
+    add = parser.add_argument
+    add("--variants", nargs="+", default=["topk", "batchtopk", "jumprelu"])
+    add("--k", nargs="+", type=int, default=[2, 4, 8], help="for topk and batchtopk")
+    add("--sparsity-coefficients", nargs="+", type=float, default=[0.1, 0.4, 1.6], help="for the others")
+    add("--expansion-factor", type=float, default=0.5, help="latents per dimension")
+    add("--output", type=Path, default=Path("checkpoints/cyclic-variants"))
+    args = parser.parse_args()
+
+    model = AutoModelForCausalLM.from_pretrained(args.model).eval()
+    task, settings = task_of(args.model)
+    windows, module = task.windows(settings["block"]), f"model.layers.{args.layer}"
+    found: dict[str, list[dict[str, float]]] = {}
+    for variant in args.variants:
+        name = "k" if variant in COUNTS else "sparsity_coefficient"
+        for value in args.k if variant in COUNTS else args.sparsity_coefficients:
+            set_seed(args.seed)
+            config = {"variant": variant, "expansion_factor": args.expansion_factor, name: value}
+            sae, _ = trained(model, module, windows, args, **config)
+            measured = reconstruction_metrics(sae, module_activations(model, module, batches(windows)))
+            entry = {name: value} | {key: measured[key] for key in ("l0", "explained_variance", "dead")}
+            found.setdefault(variant, []).append(entry)
+            print(variant, entry, flush=True)
+    write_results(args, {"variants": found})
+    points = {variant: [(e["l0"], e["explained_variance"]) for e in entries] for variant, entries in found.items()}
+    plots.sparsity_frontier(points, args.output / "frontier.png")
+    print(f"{args.output}")
+
+
+if __name__ == "__main__":
+    main()

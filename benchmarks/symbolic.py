@@ -122,13 +122,13 @@ def saelens() -> dict[str, Any]:
 
     from senri_hf import SparseAutoencoder, load_base
     from senri_hf.interpretability import export_saelens, module_activations, reconstruction_metrics
-    from senri_hf.tasks import ordinary_text
+    from senri_hf.tasks.text import ordinary_text
 
     ours = SparseAutoencoder.from_pretrained(WORK / "smollm2").eval()
     theirs = sae_lens.SAE.load_from_disk(export_saelens(ours, WORK / "smollm2-saelens"))
     model, tokenizer = load_base("smollm2-135m-instruct", progress=False)
     ids = tokenizer("\n\n".join(ordinary_text()[:20]), add_special_tokens=False, return_tensors="pt")["input_ids"]
-    batches = [{"input_ids": ids[:, :1024].view(4, 256)}]
+    batches = [{"input_ids": ids[:, :512].view(2, 256)}]
     (x,) = module_activations(model, ours.config.hook_name, batches, skip_positions=ours.config.skip_positions)
     with torch.no_grad():
         latents, reconstruction = theirs.encode(x), theirs(x)

@@ -4,10 +4,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from models import Subject, remembering, tiny_model, tokens
+from models import BuiltIn, Subject, remembering, tiny_model, tokens
+from sparse import autoencoder
 from torch import Tensor
 
-from senri_hf.interpretability import ActivationStream, captured, memory_slots, module_activations
+from senri_hf import MemoryCache
+from senri_hf.interpretability import ActivationStream, Edit, captured, intervene, memory_slots, module_activations
+from senri_hf.memory import CompressiveMemory
 
 
 def source(start: int) -> Iterator[Tensor]:
@@ -96,3 +99,28 @@ def test_what_a_memory_reads_and_holds_is_streamed() -> None:
     assert held.dim() == 2 and held.shape[1] == 32 and bool((held != 0).any(-1).all())
     with pytest.raises(ValueError, match=r"no field 'attic' of vectors, but \['buffer', 'store'\]"):
         memory_slots(memory, 2, "attic")
+
+
+@pytest.mark.parametrize("part", ["", ".v_proj"], ids=["read", "write"])
+def test_what_a_built_in_memory_reads_and_writes_is_streamed_and_edited(part: str) -> None:
+    model = BuiltIn("senri", "built_in", "default").model()
+    place = next(name for name, module in model.named_modules() if isinstance(module, CompressiveMemory))
+    memory, ids = MemoryCache.for_model(model), tokens(2, 6)
+
+    @torch.no_grad()
+    def logits() -> Tensor:
+        return model(input_ids=ids, past_key_values=memory.snapshot()).logits
+
+    with torch.no_grad():
+        model(input_ids=tokens(2, 20, seed=1), past_key_values=memory)
+    memory.clear_context()
+    (x,) = module_activations(model, place + part, [{"input_ids": ids}], run=lambda batch: logits())
+    assert x.shape == (12, 32) and bool(x.any(-1).all())
+    before = logits()
+    with intervene(model, place + part, autoencoder(), Edit([3, 11], "add", 40.0)):
+        assert not torch.equal(logits(), before)
+    assert torch.equal(logits(), before)
+    state = next(iter(memory.memory_layers)).state_dict()
+    field = max(state, key=lambda name: state[name].dim())
+    held = memory_slots(memory, 0, field)
+    assert held.shape[1] == state[field].shape[-1] and len(held) > 0

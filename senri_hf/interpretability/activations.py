@@ -52,19 +52,22 @@ def module_activations(
         yield outputs[0][real_positions(batch, skip_positions).to(outputs[0].device)]
 
 
-def memory_slots(memory: MemoryCache, layer_idx: int, field: str, adapter_name: str = "default") -> Tensor:
+def memory_slots(memory: MemoryCache, layer_idx: int, field: str, adapter_name: str | None = None) -> Tensor:
     """One field of what a memory layer holds, as activations [n, d]: all rows, slots that are zero left out.
 
     Args:
-        field: A tensor of the layer's `state_dict()` with three dimensions [rows, slots, d], such as `"store"`.
+        field: A tensor of the layer's `state_dict()` whose last dimension is of vectors, such as `"store"`, or the
+            associations of a compressive memory, whose rows are taken.
+        adapter_name: Whose memory; not needed where the layer has one only.
     """
-    layer = memory.memory_layer(layer_idx, adapter_name)
-    held = {} if layer is None else layer.state_dict()
+    layers = [layer for layer in memory.memory_layers if layer.layer_idx == layer_idx]
+    layers = [layer for layer in layers if adapter_name in (None, layer.adapter_name)]
+    if len(layers) > 1:
+        raise ValueError(f"Layer {layer_idx} has memories of {[layer.adapter_name for layer in layers]}: say whose")
+    held = layers[0].state_dict() if layers else {}
     wide = sorted(name for name, tensor in held.items() if tensor.dim() >= 3)
     if field not in wide:
-        raise ValueError(
-            f"The memory of layer {layer_idx} ({adapter_name}) has no field {field!r} of vectors, but {wide or 'none'}"
-        )
+        raise ValueError(f"The memory of layer {layer_idx} has no field {field!r} of vectors, but {wide or 'none'}")
     slots = held[field].flatten(0, -2)
     return slots[(slots != 0).any(-1)]
 

@@ -91,6 +91,14 @@ def test_dead_latents_are_resampled_to_where_the_error_is(tmp_path: Path) -> Non
     assert dead_share() >= 0.5 > dead_share(resample_every=20)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_resampling_does_no_harm_to_what_is_learned(variant: str, tmp_path: Path) -> None:
+    training = trainer(tmp_path, variant, config={"dead_after": 500}, resample_every=20, sparsity_warmup_steps=50)
+    training.train()
+    found = reconstruction_metrics(training.model.eval(), [sparse_data(2000, 7)])
+    assert found["explained_variance"] > 0.85 and found["l0"] < 14
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

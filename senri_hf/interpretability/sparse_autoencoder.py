@@ -200,13 +200,10 @@ class SparseAutoencoder(PreTrainedModel):
             return latents, Step.apply(z, self.threshold, config.bandwidth).sum(-1).mean()
         if not self.training:
             return z * (z > self.threshold), zero
-        positive = z.relu()
-        flat = positive.flatten()
-        chosen = flat.topk(min(config.k * (flat.numel() // z.shape[-1]), flat.numel()), sorted=False)
-        latents = torch.zeros_like(flat).scatter(0, chosen.indices, chosen.values).view_as(z)
+        latents = keep_largest_of_all(z.relu(), config.k)
         with torch.no_grad():
             # Without a positive value there is no least one, and the threshold stays.
-            least = chosen.values.masked_fill(chosen.values <= 0, torch.inf).min()
+            least = latents.masked_fill(latents <= 0, torch.inf).min()
             moved = self.threshold + config.threshold_rate * (least - self.threshold)
             self.threshold.copy_(torch.where(least.isfinite(), moved, self.threshold))
         return latents, zero
@@ -262,26 +259,38 @@ class SparseAutoencoder(PreTrainedModel):
     def explain_errors(self, activations: Tensor, latents: Tensor) -> None:
         """Take latents, by index, to what the others leave of activations [n, d_in]: each to an error, drawn by square.
 
-        Such a latent decodes to the direction of the error, and where that activation is, it is as active as the error
-        is long; its encoder has half the usual norm. (Bricken et al. 2023 point dead latents at the activation itself.
-        Where few directions hold most of the variance, that is near to living latents, which it disturbs.)
+        Such a latent decodes to the direction of the error, and is active where activations lie on that side. Its
+        strength is what leaves the least error over all of them, at most that error's length, first by itself and then
+        for all together: an error that few activations have must not be added to the others. (Bricken et al. 2023 point
+        dead latents at the activation itself. Where few directions hold most of the variance, that is near to living
+        latents, which it disturbs.)
         """
         flat = activations.flatten(0, -2)
-        errors = self._scaled(flat - self.decode(self.encode(flat)).to(flat.dtype))
+        target = self._scaled(flat)
+        centred = target - self.b_dec
+        if self.config.variant == "batchtopk":  # its threshold is behind what training does
+            found = keep_largest_of_all((centred @ self.W_enc + self.b_enc).relu(), self.config.k)
+        else:
+            found = self.encode(flat)
+        errors = target - (found @ self.W_dec + self.b_dec)
         weights = errors.double().square().sum(-1)
         if not len(latents) or not bool(weights.sum() > 0):
             return
         chosen = torch.multinomial(weights, len(latents), replacement=True)
         self._turn(latents, errors[chosen])
-        self.W_enc[:, latents] = 0.5 * self.W_enc.norm(dim=0).mean() * self.W_dec[latents].T
-        wanted = errors[chosen].norm(dim=-1)
-        centred = self._scaled(flat[chosen]) - self.b_dec
-        bias = wanted - (centred * self.W_enc[:, latents].T).sum(-1)
+        directions, wanted = self.W_dec[latents], errors[chosen].norm(dim=-1)
+        encoder = 0.5 * self.W_enc.norm(dim=0).mean() * directions
+        bias = wanted - (centred[chosen] * encoder).sum(-1)
+        active = (centred @ encoder.T + bias).relu()
+        strength = best_strength((active * (errors @ directions.T)).sum(0), active.square().sum(0))
+        added = (active * strength) @ directions
+        strength = strength * best_strength((added * errors).sum(), added.square().sum())
+        self.W_enc[:, latents] = (encoder * strength[:, None]).T
         for name in ("b_enc", "b_gate", "b_mag"):
             if hasattr(self, name):
-                getattr(self, name)[latents] = bias
+                getattr(self, name)[latents] = bias * strength
         if self.config.variant == "jumprelu":
-            self.threshold[latents] = self.threshold[latents].minimum(wanted / 2)
+            self.threshold[latents] = self.threshold[latents].minimum(wanted * strength / 2)
 
     def _turn(self, latents: Tensor, towards: Tensor) -> None:
         """Give latents the decoder directions of vectors [latents, d_in], and forget what else they knew."""
@@ -324,6 +333,18 @@ def keep_largest(values: Tensor, k: int) -> Tensor:
     """`values` [..., n] with all but the k largest of the last dimension set to zero."""
     chosen = values.topk(k, dim=-1, sorted=False)
     return torch.zeros_like(values).scatter(-1, chosen.indices, chosen.values)
+
+
+def keep_largest_of_all(values: Tensor, k: int) -> Tensor:
+    """`values` [..., n] with all but the largest of them set to zero: k for each of the vectors, wherever they are."""
+    flat = values.flatten()
+    chosen = flat.topk(k * (flat.numel() // values.shape[-1]), sorted=False)
+    return torch.zeros_like(flat).scatter(0, chosen.indices, chosen.values).view_as(values)
+
+
+def best_strength(agreement: Tensor, size: Tensor) -> Tensor:
+    """The factor of vectors v that leaves least of e, <v, e> / <v, v>, between a hundredth and 1."""
+    return (agreement / size.clamp_min(SMALLEST_NORM)).clamp(0.01, 1.0)
 
 
 def squared_error(ours: Tensor, target: Tensor) -> Tensor:

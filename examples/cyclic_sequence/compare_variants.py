@@ -28,7 +28,7 @@ def main() -> None:
     add("--variants", nargs="+", default=["topk", "batchtopk", "jumprelu"])
     add("--k", nargs="+", type=int, default=[2, 4, 8], help="for topk and batchtopk")
     add("--sparsity-coefficients", nargs="+", type=float, default=[0.1, 0.4, 1.6], help="for the others")
-    add("--expansion-factor", type=float, default=0.5, help="latents per dimension")
+    add("--expansion-factor", type=float, default=0.4375, help="latents per dimension")
     add("--output", type=Path, default=Path("checkpoints/cyclic-variants"))
     args = parser.parse_args()
 

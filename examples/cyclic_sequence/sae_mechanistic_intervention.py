@@ -2,9 +2,9 @@
 
     python examples/cyclic_sequence/sae_mechanistic_intervention.py
 
-Every latent is set to zero, and to `--strength` times the largest activation that it has in the sequence (a little more
-than it ever is, since the latents of the true phase stay on), at the last symbol of the window, at all phases. A
-latent's flip rate is the share of phases at which the predicted next symbol becomes another. The best latents are shown
+Every latent is set to zero, and to `--strength` times the largest activation that it has in the sequence (more than it
+ever is, since the latents of the true phase stay on), at the last symbol of the window, at all phases. A latent's flip
+rate is the share of phases at which the predicted next symbol becomes another. The best latents are shown
 over rising strengths, beside random latents at theirs and beside random directions at changes as large; they are found
 on the true windows and tried again on contexts that training never saw. Setting all latents to those of another phase
 says how much of the count they hold.
@@ -70,7 +70,7 @@ def main() -> None:
     add = parser.add_argument
     add("--model", type=Path, default=Path("checkpoints/cyclic"), help="folder that train_cyclic.py wrote")
     add("--sae", type=Path, default=Path("checkpoints/cyclic-sae"), help="folder that train_sae.py wrote")
-    add("--strength", type=float, default=1.5, help="multiple of a latent's largest activation that it is set to")
+    add("--strength", type=float, default=2.0, help="multiple of a latent's largest activation that it is set to")
     add("--candidates", type=int, default=3, help="best latents to look at closely")
     add("--controls", type=int, default=20, help="random latents, and random directions, for each of them")
     add("--length", type=int, default=36, help="symbols to generate under intervention")

@@ -116,7 +116,7 @@ def main() -> None:
     add = parser.add_argument
     add("--contexts", choices=("windows", "wrong"), default="windows")
     add("--variant", choices=VARIANTS, default="topk")
-    add("--expansion-factor", type=float, default=0.5, help="latents per dimension")
+    add("--expansion-factor", type=float, default=0.4375, help="latents per dimension")
     add("--k", type=int, default=4, help="active latents, for topk and batchtopk")
     add("--sparsity-coefficient", type=float, default=0.1, help="penalty, for relu, jumprelu and gated")
     add("--output", type=Path, default=Path("checkpoints/cyclic-sae"))

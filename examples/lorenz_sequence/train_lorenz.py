@@ -31,16 +31,20 @@ ROWS = 64
 
 
 class Windows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
-    """Every window of a length, of every trajectory."""
+    """Every window of a length, of every trajectory, and the symbol to predict at each place of it.
+
+    The last place has one too: it is where the model stands when it generates.
+    """
 
     def __init__(self, sequences: NDArray[np.int64], length: int) -> None:
-        self.windows = torch.from_numpy(sequences).unfold(1, length, 1).flatten(0, 1)
+        self.windows = torch.from_numpy(sequences).unfold(1, length + 1, 1).flatten(0, 1)
 
     def __len__(self) -> int:
         return len(self.windows)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {"input_ids": self.windows[index], "labels": self.windows[index]}
+        window = self.windows[index]
+        return {"input_ids": window[:-1], "labels": window[1:], "shift_labels": window[1:]}
 
 
 def contexts_before(
@@ -77,7 +81,7 @@ def chain_sample(chain: NDArray[np.float64], first: NDArray[np.int64], steps: in
 @torch.no_grad()
 def model_loss(model: SymbolicTransformerForCausalLM, testing: NDArray[np.int64], block: int) -> float:
     """Nats per symbol on the symbols of the test trajectories from `block` on, each given the `block` ones before."""
-    windows = Windows(testing, block + 1).windows
+    windows = Windows(testing, block).windows
     losses = [
         torch.nn.functional.cross_entropy(
             model(rows[:, :-1], logits_to_keep=1).logits[:, -1], rows[:, -1], reduction="sum"
@@ -133,6 +137,7 @@ def main() -> None:
             logging_steps=max(1, args.steps // 50),
             save_strategy="no",
             report_to="none",
+            remove_unused_columns=False,
             disable_tqdm=True,
             seed=args.seed,
         ),

@@ -2,12 +2,12 @@
 
     python examples/memory_reads/ablate_facts.py --adapter examples/name_recall/adapters/smollm2-135m-instruct
 
-People tell facts of several kinds (cities, colours, names of pets), one a conversation, and ask for each of them in
-a new one. Sparse autoencoders are trained on what the adapter's readers add to the residual stream there, one for each
-layer. A kind's latents are those that are more active on its questions than on those of any other kind. They are found
-with people to train on, and ablated with others, whose values and phrasings never occurred there. Random latents that
-are active about as often are the control. What is scored is whether every token of the answer is the most likely one
-after the beginning of the reply, and the probability of the answer's tokens.
+People tell facts of several kinds (cities, colours, names of pets), one a conversation, and ask for each of them in a
+new one. Sparse autoencoders are trained on what the adapter's readers add to the residual stream there, one for each
+layer. A kind's latents are those that add most to the log probability of its answers beyond what they add to those of
+any other kind. They are found with people to train on, and ablated with others, whose values and
+phrasings never occurred there. Random latents that are active about as often are the control. What is scored is whether
+every token of the answer is the most likely one after the beginning of the reply, and the probability of its tokens.
 
 Writes `results.json` and a figure into `--output`.
 """
@@ -39,6 +39,7 @@ from senri_hf.interpretability import (
     plots,
     reconstruction_metrics,
 )
+from senri_hf.interpretability.hooks import replaced_output
 from senri_hf.tasks import Question, recall_episodes
 from senri_hf.tasks.recall import load_data
 from senri_hf.training import tell
@@ -46,6 +47,7 @@ from senri_hf.training import tell
 
 ROWS = 16
 IGNORED = -100
+SHARES = (0.2, 0.5, 0.8)
 
 
 @dataclass
@@ -122,8 +124,8 @@ def remembered(model: Any, tokenizer: Any, kinds: Sequence[str], people: int, sp
 
 
 @torch.no_grad()
-def reads(model: Any, places: Sequence[str], people: list[Group]) -> list[tuple[str, list[torch.Tensor]]]:
-    """What readers at places add while questions are read, [tokens, d_in] for each: by kind of question."""
+def reads(model: Any, places: Sequence[str], people: list[Group]) -> list[list[torch.Tensor]]:
+    """What readers at places add while questions are read, [tokens, d_in] for each: by group of people and kind."""
     found = []
     for group in people:
         for asked in group.asked:
@@ -131,8 +133,15 @@ def reads(model: Any, places: Sequence[str], people: list[Group]) -> list[tuple[
             with contextlib.ExitStack() as stack:
                 outputs = [stack.enter_context(captured(model, place)) for place in places]
                 model(**asked.inputs, past_key_values=group.memory.snapshot(), logits_to_keep=1)
-            found.append((asked.kind, [output[0][real].float() for output in outputs]))
+            found.append([output[0][real].float() for output in outputs])
     return found
+
+
+def log_likelihoods(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """log p of the labelled tokens, [people, T - 1], 0 elsewhere."""
+    wanted = labels[:, 1:]
+    chosen = logits[:, :-1].float().log_softmax(-1).gather(-1, wanted.clamp_min(0)[..., None])[..., 0]
+    return chosen * (wanted != IGNORED)
 
 
 def train(place: str, activations: list[torch.Tensor], args: argparse.Namespace) -> tuple[SparseAutoencoder, Any]:
@@ -171,17 +180,60 @@ def train(place: str, activations: list[torch.Tensor], args: argparse.Namespace)
     return sae, reconstruction_metrics(sae, kept)
 
 
-def activity(sae: SparseAutoencoder, by_kind: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean activation of latents on the questions of every kind, [kinds, d_sae], and how often they are active."""
-    latents = {kind: sae.encode(activations) for kind, activations in by_kind.items()}
-    density = torch.cat([values > 0 for values in latents.values()]).double().mean(0)
-    return torch.stack([values.mean(0) for values in latents.values()]).detach(), density
+def attributions(model: Any, autoencoders: list[SparseAutoencoder], people: list[Group]) -> torch.Tensor:
+    """What latents add to the log probability of the answers of every kind, [kinds, layers, d_sae]; means over people.
+
+    Gradient along a latent's direction times its activation, summed over tokens, and averaged over passes in which all
+    latents are scaled down together (integrated gradients, as Marks et al. 2024, 2403.19647, take them): where all of
+    them are there the answer is sure, and no single one of them is missed.
+    """
+    kinds, width = len(people[0].asked), autoencoders[0].W_dec.shape[0]
+    total, asked_of = torch.zeros(kinds, len(autoencoders), width), 0
+    for group in people:
+        asked_of += len(group.asked[0].questions)
+        for kind, asked in enumerate(group.asked):
+            for share in SHARES:
+                kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+                with contextlib.ExitStack() as stack:
+                    for sae in autoencoders:
+                        stack.enter_context(replaced_output(model, sae.config.hook_name, scaled_down(sae, share, kept)))
+                    logits = model(**asked.inputs, past_key_values=group.memory.snapshot()).logits
+                log_likelihoods(logits, asked.labels).sum().backward()
+                real = asked.inputs["attention_mask"].bool()
+                for layer, (sae, (latents, change)) in enumerate(zip(autoencoders, kept, strict=True)):
+                    effect = latents * (change.grad @ sae.W_dec.detach().T) / sae.activation_scale
+                    total[kind, layer] += effect[real].sum(0) / len(SHARES)
+    return total / asked_of
 
 
-def latents_of(kind: int, means: torch.Tensor, count: int) -> list[int]:
-    """The latents that add most on questions of a kind beyond what they add on those of any other kind."""
-    others = torch.cat([means[:kind], means[kind + 1 :]])
-    return (means[kind] - others.amax(0)).topk(count).indices.tolist()
+def scaled_down(sae: SparseAutoencoder, share: float, kept: list[Any]) -> Any:
+    """What gives latents of a read a share of their activation; keeps them, and the change that gets a gradient."""
+
+    def function(tensor: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            latents = sae.encode(tensor)
+            change = (share - 1) * (latents @ sae.W_dec) / sae.activation_scale
+        change.requires_grad_()
+        kept.append((latents, change))
+        return tensor.detach() + change
+
+    return function
+
+
+def latents_of(kind: int, attributions: torch.Tensor, count: int) -> list[list[int]]:
+    """The latents of all layers that add most to answers of a kind beyond what they add to those of any other kind.
+
+    Args:
+        attributions: [kinds, layers, d_sae]
+        count: Of all layers together.
+
+    Returns:
+        Latents of every layer.
+    """
+    others = torch.cat([attributions[:kind], attributions[kind + 1 :]]).amax(0).clamp_min(0)
+    best = (attributions[kind] - others).flatten().topk(count).indices
+    layers, width = attributions.shape[1:]
+    return [(best[best // width == layer] % width).tolist() for layer in range(layers)]
 
 
 @torch.no_grad()
@@ -190,14 +242,12 @@ def recalled(model: Any, people: list[Group]) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, list[float]]] = {}
     for group in people:
         for asked in group.asked:
-            logits = model(**asked.inputs, past_key_values=group.memory.snapshot()).logits[:, :-1].float()
-            wanted = asked.labels[:, 1:]
-            part, target = wanted != IGNORED, wanted.clamp_min(0)
-            right = (logits.argmax(-1) == target) | ~part
-            loss = -logits.log_softmax(-1).gather(-1, target[..., None])[..., 0]
+            logits = model(**asked.inputs, past_key_values=group.memory.snapshot()).logits
+            part = asked.labels[:, 1:] != IGNORED
+            right = (logits[:, :-1].argmax(-1) == asked.labels[:, 1:]) | ~part
             entry = found.setdefault(asked.kind, {"exact": [], "nats": []})
             entry["exact"] += right.all(-1).double().tolist()
-            entry["nats"] += ((loss * part).sum(-1) / part.sum(-1)).tolist()
+            entry["nats"] += (-log_likelihoods(logits, asked.labels).sum(-1) / part.sum(-1)).tolist()
     return {kind: {name: sum(v) / len(v) for name, v in entry.items()} for kind, entry in found.items()}
 
 
@@ -224,7 +274,7 @@ def main() -> None:
     add("--steps", type=int, default=250)
     add("--batch-size", type=int, default=512, help="activations of a step")
     add("--lr", type=float, default=2e-3)
-    add("--latents", type=int, default=16, help="latents of a kind in every layer")
+    add("--latents", type=int, default=16, help="latents of a kind, for every layer there is")
     add("--controls", type=int, default=1, help="random groups for every kind")
     add("--seed", type=int, default=0)
     add("--output", type=Path, default=Path("checkpoints/memory-reads"))
@@ -239,21 +289,21 @@ def main() -> None:
     if not places:
         raise SystemExit(f"{args.adapter} is no memory adapter with readers")
 
-    found = reads(model, places, remembered(model, tokenizer, args.kinds, args.people, "train", args.seed))
-    autoencoders, measured, means, densities = [], {}, [], []
+    people = remembered(model, tokenizer, args.kinds, args.people, "train", args.seed)
+    found = reads(model, places, people)
+    autoencoders, measured, densities = [], {}, []
     for index, place in enumerate(places):
-        sae, quality = train(place, [outputs[index] for _, outputs in found], args)
-        by_kind = {kind: torch.cat([o[index] for k, o in found if k == kind]) for kind in args.kinds}
+        of_place = [outputs[index] for outputs in found]
+        sae, quality = train(place, of_place, args)
         with torch.no_grad():
-            mean, density = activity(sae, by_kind)
+            densities.append((sae.encode(torch.cat(of_place)) > 0).double().mean(0))
         autoencoders.append(sae)
-        means.append(mean)
-        densities.append(density)
         measured[place] = {name: value for name, value in quality.items() if name != "density"}
         sae.save_pretrained(args.output / place)
         print(place, measured[place], flush=True)
 
-    chosen = {kind: [latents_of(index, mean, args.latents) for mean in means] for index, kind in enumerate(args.kinds)}
+    attributed, count = attributions(model, autoencoders, people), args.latents * len(places)
+    chosen = {kind: latents_of(index, attributed, count) for index, kind in enumerate(args.kinds)}
     every = [sorted({latent for groups in chosen.values() for latent in groups[layer]}) for layer in range(len(places))]
     conditions: dict[str, list[list[int]]] = {"nothing": [[] for _ in places]}
     conditions |= {f"{kind} latents": chosen[kind] for kind in args.kinds}

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from models import BUILT_IN, HIDDEN, VOCABULARY, BuiltIn, assert_close, feed, tokens
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from senri_hf import (
@@ -129,23 +129,28 @@ def test_layers_may_differ_in_all_that_a_layer_has() -> None:
 
 
 class Squared(TensorMemory):
-    """A head with features of its own."""
+    """A head with features, and a weight, of its own."""
+
+    def __init__(self, config: TensorMemoryHeadConfig, weight: float) -> None:
+        super().__init__(config)
+        self.weight = nn.Parameter(torch.tensor(weight))
 
     def forward(self, projected: Tensor) -> Tensor:
-        return projected.float().square()
+        return projected.float().square() * self.weight
 
 
 def test_a_head_of_ones_own_is_used_where_it_is_handed_in() -> None:
     """Beside others of equal settings; a model that is to be saved refuses it, as no config could say it."""
     torch.manual_seed(0)
-    heads = [Squared(DELTA), TensorMemory(DELTA), Squared(DELTA)]
+    heads = [Squared(DELTA, 1.0), TensorMemory(DELTA), Squared(DELTA, 3.0)]
     attention = LinearMemoryAttention(MultiHeadMemory(heads), hidden_size=HIDDEN, bias=True, normalize_qkv=False)
-    assert [group.heads for group in attention.memory.groups] == [(0, 2), (1,)]
+    assert [group.heads for group in attention.memory.groups] == [(0,), (1,), (2,)]
     hidden = torch.randn(1, 5, HIDDEN)
     layout = Layout.of(torch.ones(1, 5, dtype=torch.bool))
     _, steps = attention(hidden, None, layout, True)
-    keys = attention.k_proj(hidden)[0, :, :8].square()
-    assert_close(steps[0].now.state.normaliser[0, 0, 0], keys.sum(0))
+    keys = attention.k_proj(hidden)[0].square().sum(0)
+    assert_close(steps[0].now.state.normaliser[0, 0, 0], keys[:8])
+    assert_close(steps[2].now.state.normaliser[0, 0, 0], 3 * keys[16:24])
     made = TensorMemoryLayer(heads, hidden_size=HIDDEN, intermediate_size=64, bias=True, normalize_qkv=False)
     with pytest.raises(ValueError, match=r"class Squared.*config\.json"):
         TensorMemoryForCausalLM.from_layers(vocab_size=9, layers=[made])
@@ -222,12 +227,38 @@ def test_heads_that_differ_give_the_values_and_gradients_of_the_formulas(normali
         assert_close(a / b.norm(), b / b.norm(), "gradient", tolerance=1e-5)
 
 
+def test_a_memory_goes_on_only_under_the_rules_that_wrote_it(tmp_path: Path) -> None:
+    """Also where weights and shapes are the same."""
+    fading = TensorMemoryHeadConfig(dim=8, eps=1e-6, use_delta_rule=True, decay=0.5)
+    written, other = (
+        TensorMemoryForCausalLM.from_layers(vocab_size=VOCABULARY, layers=[layer(head)]) for head in (DELTA, fading)
+    )
+    other.load_state_dict(written.state_dict())
+    memory = MemoryCache.for_model(written)
+    feed(written, memory, tokens(1, 5))
+    memory.save_pretrained(tmp_path / "memory")
+    MemoryCache.from_pretrained(tmp_path / "memory", model=written)
+    with pytest.raises(ValueError, match=r"layer 0 of it was written by .*'decay': None.* writes by .*'decay': 0\.5"):
+        MemoryCache.from_pretrained(tmp_path / "memory", model=other)
+
+
+def test_a_model_of_layers_has_their_dtype() -> None:
+    model = TensorMemoryForCausalLM.from_layers(vocab_size=VOCABULARY, layers=[layer(DELTA).to(torch.bfloat16)])
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert model(tokens(1, 4)).logits.dtype == torch.bfloat16
+
+
 @torch.no_grad()
 def test_a_compiled_model_of_heads_that_differ_is_one_graph_and_gives_the_same() -> None:
     model, ids = SUBJECTS["mixed"].model(), tokens(2, 6, seed=4)
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    assert_close(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
+    whole = model(ids, use_cache=False).logits
+    assert_close(compiled(ids, use_cache=False).logits, whole)
+    torch._dynamo.reset()
+    compiled, memory = torch.compile(model, backend="aot_eager"), MemoryCache.for_model(model)
+    for start, stop in ((0, 4), (4, 5), (5, 6)):
+        assert_close(compiled(ids[:, start:stop], past_key_values=memory).logits, whole[:, start:stop])
     torch._dynamo.reset()
 
 
@@ -237,9 +268,6 @@ def test_heads_of_equal_settings_are_one_tensor() -> None:
     parts = memory.split(torch.arange(28.0)[None, None])
     assert parts[0][0, 0, 1].tolist() == list(range(12, 20)) and parts[1][0, 0, 0].tolist() == [8, 9, 10, 11]
     assert memory.join(parts)[0, 0].tolist() == list(range(28))
-
-
-# Errors of earlier implementations, which are not to come back.
 
 
 @torch.no_grad()

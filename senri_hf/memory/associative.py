@@ -171,7 +171,10 @@ class AssociativeOperations:
         """The associative layers; ValueError where there are none, or, if `written`, nothing is in them."""
         layers = self.associative_layers
         if not layers:
-            raise ValueError(f"{method}() was called, but this memory has no compressive layers")
+            raise ValueError(
+                f"{method}() was called, but this memory has no layer that it serves: one of Senri or of the "
+                "compressive adapter"
+            )
         if written and any(layer.now is None for layer in layers):
             raise ValueError(f"{method}() was called, but this memory holds nothing yet")
         return layers

@@ -509,6 +509,7 @@ class MemoryCache(AssociativeOperations, DynamicCache):
             "tokens_seen": self.tokens_seen.tolist(),
             "parent": self.parent,
             "layers": [[layer.adapter_name, layer.layer_idx, layer._layer_type] for layer in self.memory_layers],
+            "rules": [layer.rules for layer in self.memory_layers],
         }
 
 

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -256,6 +256,10 @@ class CompressiveLayer(MemoryLayer):
         self.columns += columns
 
     # What is done with slots and whole matrices; `AssociativeOperations` says more.
+
+    @property
+    def rules(self) -> list[dict[str, Any]]:
+        return [] if self.shape is None else [asdict(self.shape.rule)]
 
     @property
     def removes(self) -> bool:

@@ -147,6 +147,12 @@ def check_fits(theirs: dict[str, Any], ours: dict[str, Any]) -> None:
     found = difference(theirs["model"], ours["model"])
     if found is not None:
         raise ValueError(f"The memory does not fit this model: {found}. Load it with the model that wrote it")
+    for layer, held, expected in zip(ours["layers"], theirs.get("rules", []), ours["rules"], strict=False):
+        if held != expected:
+            raise ValueError(
+                f"The memory does not fit this model: layer {layer[1]} of it was written by {held}, but this model "
+                f"writes by {expected}. Load it with the model that wrote it"
+            )
 
 
 def checksum(tensors: dict[str, Tensor], description: dict[str, Any]) -> str:

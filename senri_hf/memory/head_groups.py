@@ -54,6 +54,10 @@ class HeadGroupsLayer(MemoryLayer):
     # What the cache asks.
 
     @property
+    def rules(self) -> list[dict[str, Any]]:
+        return [rule for group in self.groups for rule in group.rules]
+
+    @property
     def columns(self) -> int:
         """Columns of the open conversation."""
         return self.groups[0].columns if self.groups else 0

@@ -49,6 +49,11 @@ class MemoryLayer(DummyLayer):
         self.losses: list[Tensor] = []
         self.conversation_scores: Tensor | None = None
 
+    @property
+    def rules(self) -> list[dict[str, Any]]:
+        """The formulas under which its tensors were written, where another model of the same shapes may have others."""
+        return []
+
     def bind(self, layers: list[Any]) -> None:
         """Told of all the layers of the cache it is in, whenever they are others."""
 

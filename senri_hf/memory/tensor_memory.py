@@ -66,13 +66,14 @@ class MultiHeadMemory(nn.Module):
             raise ValueError(f"{memories!r} was given, but memories must be a list of at least one TensorMemory")
         self.memories = nn.ModuleList(memories)
         self.dims = [memory.config.dim for memory in memories]
-        alike: dict[tuple[type, TensorMemoryHeadConfig], list[int]] = {}
-        for place, memory in enumerate(memories):
-            alike.setdefault((type(memory), memory.config), []).append(place)
+        alike: dict[TensorMemoryHeadConfig | TensorMemory, list[int]] = {}
+        for place, memory in enumerate(memories):  # a head of a class of its own may have weights of its own
+            alike.setdefault(memory.config if type(memory) is TensorMemory else memory, []).append(place)
         self.groups = []
-        for (_, config), heads in alike.items():
+        for heads in alike.values():
             memory = memories[heads[0]]
-            shape = MemoryShape(memory.rule, heads=len(heads), key_dim=config.dim, value_dim=config.dim)
+            dim = memory.config.dim
+            shape = MemoryShape(memory.rule, heads=len(heads), key_dim=dim, value_dim=dim)
             self.groups.append(HeadGroup(tuple(heads), memory, shape))
 
     @property

@@ -262,7 +262,7 @@ class TensorMemoryForCausalLM(RememberingLanguageModel, TensorMemoryPreTrainedMo
 
         Args:
             vocab_size: Number of tokens.
-            layers: Kept as they are, weights included.
+            layers: Kept as they are, weights included; the model has the dtype of the first.
             initializer_range: Standard deviation of the embeddings; None scales them by the hidden size.
             pad_token_id, bos_token_id, eos_token_id: Special tokens, where there are any.
 
@@ -294,7 +294,9 @@ class TensorMemoryForCausalLM(RememberingLanguageModel, TensorMemoryPreTrainedMo
             bos_token_id=bos_token_id,
             eos_token_id=eos_token_id,
         )
-        return cls(config, TensorMemoryModel(config, layers))
+        model = cls(config, TensorMemoryModel(config, layers))
+        nn.Module.to(model, next(layers[0].parameters()).dtype)
+        return model
 
 
 class TensorMemoryForSequenceClassification(GenericForSequenceClassification, TensorMemoryPreTrainedModel):

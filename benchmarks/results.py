@@ -70,6 +70,8 @@ def recall_table(found: dict[str, dict[str, Any]]) -> list[str]:
     methods = ("memory", "no memory", "kept in context", "text prepended")
     lines = ["| told | episodes | " + " | ".join(methods) + " |", "|---|---|" + "---|" * len(methods)]
     for suite, results in found.items():
+        if not results:  # begun and interrupted
+            continue
         cells = []
         for method in methods:
             r = results.get(method)

@@ -10,7 +10,7 @@ FIGURES = {
     "edit": ("dose_response.png",),
     "variants": ("frontier.png",),
     "lorenz": ("training.png", "autocorrelation.png"),
-    "memory": ("recall.png",),
+    "memory": ("recall-train.png", "recall-validation.png"),
     "smollm2": ("density.png",),
 }
 
@@ -148,17 +148,18 @@ def saelens_section(found: dict[str, Any]) -> list[str]:
 
 def memory_section(found: dict[str, Any]) -> list[str]:
     settings = found["settings"]
-    kinds = settings["kinds"]
+    kinds, readers = settings["kinds"], len(found["autoencoders"])
     lines = [
-        f"`python examples/memory_reads/ablate_facts.py --adapter …`, {settings['test_people']} people whose values "
-        f"and phrasings never occurred where latents were found, {settings['latents']} latents of every layer ablated: "
+        f"`python examples/memory_reads/ablate_facts.py --adapter …`, {settings['test_people']} people; "
+        f"{settings['latents'] * readers} latents of {readers} readers ablated, of a kind of fact or random ones; "
         "answers of which every token is the most likely one, and nats per token of the answer.",
-        "",
     ]
-    rows = []
-    for name, entry in found["recall"].items():
-        rows.append([name, *(f"{entry[kind]['exact']:.0%} · {entry[kind]['nats']:.2f}" for kind in kinds)])
-    lines += table(["ablated", *(kind.replace("_", " ") for kind in kinds)], rows)
+    for whose, recall in found["recall"].items():
+        rows = []
+        for name, entry in recall.items():
+            rows.append([name, *(f"{entry[kind]['exact']:.0%} · {entry[kind]['nats']:.2f}" for kind in kinds)])
+        lines += ["", f"{whose.capitalize()}:", ""]
+        lines += table(["ablated", *(kind.replace("_", " ") for kind in kinds)], rows)
     lines += ["", "The autoencoders, on reads kept from their training:", ""]
     rows = []
     for place, entry in found["autoencoders"].items():

@@ -5,11 +5,12 @@
 People tell facts of several kinds (cities, colours, names of pets), one a conversation, and ask for each of them in a
 new one. Sparse autoencoders are trained on what the adapter's readers add to the residual stream there, one for each
 layer. A kind's latents are those that add most to the log probability of its answers beyond what they add to those of
-any other kind. They are found with people to train on, and ablated with others, whose values and
-phrasings never occurred there. Random latents that are active about as often are the control. What is scored is whether
-every token of the answer is the most likely one after the beginning of the reply, and the probability of its tokens.
+any other kind. They are found with people to train on, and ablated with others: people whose facts are drawn from the
+same values and phrasings, and people whose values and phrasings never occurred there. Random latents that are active
+about as often are the control. What is scored is whether every token of the answer is the most likely one after the
+beginning of the reply, and the probability of its tokens.
 
-Writes `results.json` and a figure into `--output`.
+Writes `results.json` and two figures into `--output`.
 """
 
 import argparse
@@ -47,7 +48,10 @@ from senri_hf.training import tell
 
 ROWS = 16
 IGNORED = -100
-SHARES = (0.2, 0.5, 0.8)
+# Shares of latents at which gradients are taken.
+SHARES = (0.3, 0.7)
+# By split of the data, the people that are tested.
+TESTED = {"train": "other people", "validation": "other people, unseen values and phrasings"}
 
 
 @dataclass
@@ -267,14 +271,14 @@ def main() -> None:
     add("--model", default="smollm2-135m-instruct")
     add("--adapter", required=True, help="folder of an episodic memory adapter")
     add("--kinds", nargs="+", default=["city", "colour", "pet_name"], help="categories of senri_hf.tasks' values")
-    add("--people", type=int, default=24, help="to train on")
-    add("--test-people", type=int, default=10)
-    add("--expansion-factor", type=float, default=1)
+    add("--people", type=int, default=48, help="to train on")
+    add("--test-people", type=int, default=16)
+    add("--expansion-factor", type=float, default=2)
     add("--k", type=int, default=16)
-    add("--steps", type=int, default=250)
+    add("--steps", type=int, default=300)
     add("--batch-size", type=int, default=512, help="activations of a step")
     add("--lr", type=float, default=2e-3)
-    add("--latents", type=int, default=16, help="latents of a kind, for every layer there is")
+    add("--latents", type=int, default=32, help="latents of a kind, for every layer there is")
     add("--controls", type=int, default=1, help="random groups for every kind")
     add("--seed", type=int, default=0)
     add("--output", type=Path, default=Path("checkpoints/memory-reads"))
@@ -313,14 +317,17 @@ def main() -> None:
                 control_latents(density, latents, 1, seed=args.seed + number, exclude=excluded)[0]
                 for density, latents, excluded in zip(densities, chosen[kind], every, strict=True)
             ]
-    test = remembered(model, tokenizer, args.kinds, args.test_people, "validation", args.seed)
-    recall = {}
-    for name, latents in conditions.items():
-        with ablated(model, autoencoders, latents):
-            recall[name] = recalled(model, test)
-        print(f"{name:28s}", {kind: round(value["exact"], 3) for kind, value in recall[name].items()}, flush=True)
-    with torch.no_grad(), model.disable_adapter():
-        recall["no memory"] = recalled(model, test)
+    recall: dict[str, dict[str, Any]] = {}
+    for split, whose in TESTED.items():
+        test = remembered(model, tokenizer, args.kinds, args.test_people, split, args.seed + 1)
+        recall[whose] = {}
+        for name, latents in conditions.items():
+            with ablated(model, autoencoders, latents):
+                recall[whose][name] = recalled(model, test)
+            shown = {k: (round(v["exact"], 2), round(v["nats"], 2)) for k, v in recall[whose][name].items()}
+            print(f"{name:28s}", shown, flush=True)
+        with torch.no_grad(), model.disable_adapter():
+            recall[whose]["no memory"] = recalled(model, test)
     result: dict[str, Any] = {
         "settings": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
         "autoencoders": measured,
@@ -329,15 +336,16 @@ def main() -> None:
         "cpu_seconds": time.process_time() - began,
     }
     (args.output / "results.json").write_text(json.dumps(result, indent=1) + "\n")
-    plots.matrix(
-        [[entry[kind]["exact"] for kind in args.kinds] for entry in recall.values()],
-        list(recall),
-        [kind.replace("_", " ") for kind in args.kinds],
-        args.output / "recall.png",
-        label="answers recalled",
-        x_label="asked for",
-        y_label="ablated in what is read",
-    )
+    for split, whose in TESTED.items():
+        plots.matrix(
+            [[entry[kind]["exact"] for kind in args.kinds] for entry in recall[whose].values()],
+            list(recall[whose]),
+            [kind.replace("_", " ") for kind in args.kinds],
+            args.output / f"recall-{split}.png",
+            label=f"answers recalled, {whose}",
+            x_label="asked for",
+            y_label="ablated in what is read",
+        )
     print(f"{args.output}")
 
 

@@ -50,6 +50,16 @@ def test_phrasings_of_the_splits_are_disjoint() -> None:
             assert not set(train) & set(validation), relation["key"]
 
 
+def test_oblique_questions_of_training_are_no_validation_questions() -> None:
+    relations = load_data()["relations"]
+    validation = {question for relation in relations for question in relation["questions"]["validation"]}
+    for relation in relations:
+        oblique = relation.get("oblique", [])
+        assert (len(set(oblique)) >= 6) == (relation["split"] == "train"), relation["key"]
+        assert not validation & set(oblique)
+        assert not set(relation["questions"]["train"]) & set(oblique)
+
+
 def test_relations_of_the_splits_are_disjoint() -> None:
     train, held_out = relation_names("train"), relation_names("held_out")
     assert len(train) >= 110 and len(held_out) == 20
@@ -182,7 +192,11 @@ def test_the_training_mixture_is_varied_and_keeps_to_training_data() -> None:
     assert max(len(question.wrong) for episode in episodes for question in episode.questions) >= 9
     held_out = set(relation_names("held_out"))
     assert not any(question.relation in held_out for episode in episodes for question in episode.questions)
-    for question in (question for episode in episodes for question in episode.questions):
+    questions = [question for episode in episodes for question in episode.questions]
+    oblique = [q for q in questions if q.messages[0]["content"] in _relation(q.relation)["oblique"]]
+    assert 0.3 < len(oblique) / len(questions) < 0.5
+    assert {question.reply for question in oblique} == {f"You told me: {question.answer}." for question in oblique}
+    for question in questions:
         assert score_reply(question.reply, question), question
 
 

@@ -26,6 +26,8 @@ RELATION_SPLITS = ("train", "held_out")
 NAME_RELATION = "name"
 # How many facts an episode of the training mixture tells, each as likely.
 FACTS_TOLD = (1, 1, 2, 3, 4, 5, 7, 10)
+# How often the training mixture asks in a way that does not say in which words to reply.
+OBLIQUE_SHARE = 0.4
 
 _SENTENCE_START = re.compile(r"(?:^|[.!?]\s+)\{v\}")
 _ARTICLE = re.compile(r"^(?:an?|the)\s+")
@@ -201,6 +203,7 @@ def _build(
     questions: int,
     earlier: frozenset[str] = frozenset(),
     tellings: int | None = None,
+    oblique_share: float = 0.0,
 ) -> Episode:
     for _ in range(1000):
         told = rng.sample(pool, facts)
@@ -258,10 +261,13 @@ def _build(
     asking = []
     for index in asked:
         relation, answer = told[index], current[index]
+        phrasings, replies = relation["questions"][split], relation["answers"]
+        if oblique_share and rng.random() < oblique_share:
+            phrasings, replies = relation["oblique"], [load_data()["oblique_answer"]]
         asking.append(
             Question(
-                messages=[{"role": "user", "content": rng.choice(relation["questions"][split])}],
-                reply=fill(rng.choice(relation["answers"]), answer),
+                messages=[{"role": "user", "content": rng.choice(phrasings)}],
+                reply=fill(rng.choice(replies), answer),
                 relation=relation["key"],
                 answer=answer,
                 wrong=tuple(value for value in dict.fromkeys([*used, *current]) if value != answer),
@@ -327,8 +333,9 @@ def training_mixture(seed: int = 0, tellings: int | None = None) -> Iterator[Epi
     """Endless varied training episodes, the same for the same seed.
 
     One to ten facts, few oftener than many, sometimes several in a conversation; three in ten with a correction, four
-    in ten with one, two, three or eight distractors, about a quarter with the user's name among the facts; two
-    questions, where there are two facts.
+    in ten with one, two, three or eight distractors, about a third with the user's name among the facts; two
+    questions, where there are two facts.  Four in ten questions are oblique: they do not hold the words of a reply
+    ("What keeps me awake with the light on?"), so the reply does not take them up ("You told me: Emma.").
 
     With ``tellings`` every relation has at most that many values (the user's name eight times as many) and a value is
     always told in the same words: conversations come again in other company, and need not be read again to train.
@@ -341,14 +348,23 @@ def training_mixture(seed: int = 0, tellings: int | None = None) -> Iterator[Epi
     while True:
         facts = rng.choice(FACTS_TOLD)
         chosen = rng.sample(pool, facts)
-        if rng.random() < 0.25:
+        if rng.random() < 0.35:
             chosen[0] = name
         if not _room(chosen):  # more facts about weekdays, say, than there are weekdays
             continue
         together = rng.randint(2, facts) if facts > 1 and rng.random() < 0.15 else 1
         distractors = rng.choice((1, 2, 3, 8)) if rng.random() < 0.4 else 0
         yield _build(
-            rng, chosen, "train", facts, together, distractors, rng.random() < 0.3, min(2, facts), tellings=tellings
+            rng,
+            chosen,
+            "train",
+            facts,
+            together,
+            distractors,
+            rng.random() < 0.3,
+            min(2, facts),
+            tellings=tellings,
+            oblique_share=OBLIQUE_SHARE,
         )
 
 

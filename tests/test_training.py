@@ -13,7 +13,7 @@ from senri_hf.training import ask, encode_conversation, tell
 from senri_hf.training.trainer import SCALARS, retrieval_loss
 
 
-def say(text: str, reply: str, **marks: bool) -> list[dict[str, Any]]:
+def say(text: str, reply: str, **marks: Any) -> list[dict[str, Any]]:
     return [{"role": "user", "content": text}, {"role": "assistant", "content": reply, **marks}]
 
 
@@ -156,6 +156,30 @@ def test_plain_text_is_read_without_the_template(tokenizer: Any) -> None:
     assert encoded["keep"] == [1] * 5 and encoded["labels"] == [-100] * 5
     with pytest.raises(ValueError, match="stands alone"):
         encode_conversation(tokenizer, [{"role": "text", "content": "the sea"}, {"role": "user", "content": "hello"}])
+
+
+def test_a_reply_is_judged_by_the_words_of_its_answer(tokenizer: Any) -> None:
+    named = encode_conversation(tokenizer, say("who", "you are Sky and sea", train=True, answer="sky"))
+    judged = [token for token, counts in zip(named["input_ids"], named["judged"], strict=True) if counts]
+    assert tokenizer.decode(judged).strip() == "Sky"
+    whole = encode_conversation(tokenizer, say("who", "you are Sky and sea", train=True))
+    assert whole["labels"] == named["labels"]
+    assert whole["judged"] == [int(label != -100) for label in whole["labels"]]
+    with pytest.raises(ValueError, match="answer='fire'"):
+        encode_conversation(tokenizer, say("who", "you are sky", train=True, answer="fire"))
+
+
+def test_an_evaluation_does_not_mind_other_words_than_the_answer(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    (step,) = EpisodeCollator(tokenizer)([{"conversations": [say("who", "as the sea", train=True)]}])["conversations"]
+    runner = trainer(model.eval(), tokenizer, tmp_path)
+    with torch.no_grad():
+        top = model(input_ids=step["input_ids"], attention_mask=step["attention_mask"]).logits.argmax(-1)
+    right = torch.nn.functional.pad(top[:, :-1] == step["labels"][:, 1:], (1, 0))
+    assert not right[step["judged"].bool()].all()
+    assert runner.run_episodes(model, [step])[1].item() == 0
+    wrong = step["judged"].bool() & ~right
+    step["judged"], step["labels"][wrong] = wrong.long(), top.roll(1, dims=1)[wrong]
+    assert runner.run_episodes(model, [step])[1].item() == 1
 
 
 def test_the_batch_says_how_long_ago_an_answer_was_told(tokenizer: Any) -> None:

@@ -160,7 +160,7 @@ def plot(history: list[dict], path: Path) -> None:
     right = left.twinx()
     right.plot(*zip(*exact, strict=True), color="tab:orange", marker="o") if exact else None
     right.set_ylim(0, 1)
-    right.set_ylabel("validation answers exactly right", color="tab:orange")
+    right.set_ylabel("validation answers whose every token is right", color="tab:orange")
     figure.tight_layout()
     scratch = path.with_name("." + path.name)
     figure.savefig(scratch, dpi=120)

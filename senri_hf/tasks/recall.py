@@ -52,8 +52,8 @@ class Question:
     @property
     def conversation(self) -> Conversation:
         """The question followed by the assistant's reply, which is labelled to be learned."""
-        reply = {"role": "assistant", "content": self.reply, "train": True, "told_in": self.told_in}
-        return [*self.messages, reply]
+        reply = {"role": "assistant", "content": self.reply, "train": True}
+        return [*self.messages, reply | {"answer": self.answer, "told_in": self.told_in}]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ class EpisodeCollator:
     """Makes a batch of episodes, each `{"conversations": [...]}`.
 
     A conversation is a list of chat messages, or `{"input_ids": [...], "labels": [...]}` made by `encode_conversation`.
-    An answer that is to be learned may say, as `"told_in"`, in which conversation of its episode it was told.
+    A reply that is to be learned may say, as `"told_in"`, in which conversation of its episode its answer was told.
     Episodes of a batch may have different numbers of conversations: the last ones stand side by side, and a row that
     has none yet is all padding, which memory passes by.
 
@@ -24,9 +24,10 @@ class EpisodeCollator:
         max_length: Tokens of a conversation to keep, the last ones.
 
     Returns (when called):
-        `{"conversations": [...]}`, for every step a dict of `input_ids`, `attention_mask`, `labels` and `keep` [B, T];
-        `told_ago` [B], how many conversations ago the answer was told, 0 where that is not said; and `learns`, `keeps`:
-        whether any token of it is labelled, or marked to stay as it is without memory.
+        `{"conversations": [...]}`, for every step a dict of `input_ids`, `attention_mask`, `labels`, `judged` (the
+        tokens by which a reply is judged) and `keep` [B, T]; `told_ago` [B], how many conversations ago the answer was
+        told, 0 where that is not said; and `learns`, `keeps`: whether any token of it is labelled, or marked to stay
+        as it is without memory.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -46,7 +47,7 @@ class EpisodeCollator:
         if not all(rows):
             raise ValueError("An episode has no conversation; every episode needs at least one")
         steps = max(len(row) for row in rows)
-        nothing: dict[str, list[int]] = {"input_ids": [], "labels": [], "keep": []}
+        nothing: dict[str, list[int]] = {"input_ids": [], "labels": [], "judged": [], "keep": []}
         aligned = [[nothing] * (steps - len(row)) + row for row in rows]
         batch = [self.pad([row[step] for row in aligned]) for step in range(steps)]
         told_ago = torch.zeros(steps, len(rows), dtype=torch.long)
@@ -59,13 +60,20 @@ class EpisodeCollator:
         if isinstance(conversation, dict):
             size = len(conversation["input_ids"])
             whole = {"labels": [IGNORED] * size, "keep": [0] * size, **conversation}
+            whole.setdefault("judged", [int(label != IGNORED) for label in whole["labels"]])
             cut = slice(-self.max_length, None) if self.max_length is not None else slice(None)
             return {name: values[cut] for name, values in whole.items()}
         return encode_conversation(self.tokenizer, conversation, self.max_length)
 
     def pad(self, conversations: list[dict[str, list[int]]]) -> dict[str, Tensor | bool]:
         length = max(len(conversation["input_ids"]) for conversation in conversations)
-        fill = {"input_ids": self.tokenizer.pad_token_id, "labels": IGNORED, "keep": 0, "attention_mask": 0}
+        fill = {
+            "input_ids": self.tokenizer.pad_token_id,
+            "labels": IGNORED,
+            "judged": 0,
+            "keep": 0,
+            "attention_mask": 0,
+        }
         columns: dict[str, list[list[int]]] = {name: [] for name in fill}
         for conversation in conversations:
             real = conversation | {"attention_mask": [1] * len(conversation["input_ids"])}

@@ -25,7 +25,8 @@ class MemoryTrainer(Trainer):
     Every step starts with an empty memory. Conversations without a label are read without a graph, those with one add
     their loss; the memory that they leave is what the next ones read. Give it an `EpisodeCollator`.
 
-    Evaluation reports `exact`: the share of labelled conversations of which every labelled token comes out on top.
+    Evaluation reports `exact`: the share of labelled conversations of which every token of the answer comes out on top
+    (of the whole reply, where no answer is named).
     """
 
     args: MemoryTrainingArguments
@@ -130,8 +131,9 @@ class MemoryTrainer(Trainer):
                     for scores in memory.take_conversation_scores()
                     if bool(conversation["told_ago"].any())
                 ]
-                right = ((logits.argmax(-1) == target) | ~labelled).all(1).float()
-                exact.append(right.masked_fill(~labelled.any(1), torch.nan))
+                judged = conversation["judged"][:, columns + 1].bool()
+                right = ((logits.argmax(-1) == target) | ~judged).all(1).float()
+                exact.append(right.masked_fill(~judged.any(1), torch.nan))
             memory.clear_context()
             if (index + 1) % self.args.detach_every == 0:
                 memory.detach()

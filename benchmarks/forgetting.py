@@ -1,4 +1,4 @@
-"""Recall against decay cycles, and what the surprise gate kept of what it read.
+"""Recall against decay cycles, of the whole memory and of its decaying buffer alone, and what the surprise gate kept.
 
 python benchmarks/forgetting.py --model smollm2-135m-instruct --adapter FOLDER
 """
@@ -6,9 +6,10 @@ python benchmarks/forgetting.py --model smollm2-135m-instruct --adapter FOLDER
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
-from recall import load
+from peft import PeftConfig, PeftModel
 from tqdm import tqdm
 
 import senri_hf
@@ -16,12 +17,27 @@ from senri_hf.tasks import recall_episodes, score_reply
 from senri_hf.training import ask, tell
 
 
-CYCLES = (0, 5, 10, 20, 30, 40, 50, 60, 80, 120)
+CYCLES = (0, 10, 20, 30, 40, 50, 60, 120)
 EPISODES = 50
+# The memory as it was trained, without its long-term part, and with the other measure of surprise.
+MEMORIES: dict[str, dict[str, Any]] = {
+    "buffer and store": {},
+    "buffer alone": {"store_slots": 0},
+    "buffer and store, surprise = nll": {"surprise": "nll"},
+}
 
 
-def forgetting(model, tokenizer) -> dict[str, list[float]]:
-    """Exact recall of four facts after so many conversations in which nothing was said."""
+def load_with(model_name: str, adapter: str, dtype: str, **settings: Any) -> tuple[PeftModel, Any]:
+    """The model with the adapter, whose memory has other settings than it was trained with."""
+    base, tokenizer = senri_hf.load_base(model_name, dtype=dtype)
+    config = PeftConfig.from_pretrained(adapter)
+    for name, value in settings.items():
+        setattr(config, name, value)
+    return PeftModel.from_pretrained(base, adapter, config=config).eval(), tokenizer
+
+
+def forgetting(model, tokenizer) -> list[float]:
+    """Exact recall of four facts after so many conversations in which nothing was said, for every number of them."""
     episodes = recall_episodes(EPISODES, split="validation", facts=4, seed=11)
     told = tell(model, tokenizer, [episode.told for episode in episodes])
     exact = []
@@ -31,7 +47,7 @@ def forgetting(model, tokenizer) -> dict[str, list[float]]:
         replies = ask(model, tokenizer, [episode.questions[0].messages for episode in episodes], memory)
         right = [score_reply(r, e.questions[0]) for r, e in zip(replies, episodes, strict=True)]
         exact.append(sum(right) / len(right))
-    return {"cycles": list(CYCLES), "exact": exact}
+    return exact
 
 
 def kept_tokens(model, tokenizer) -> list[dict]:
@@ -49,14 +65,16 @@ def kept_tokens(model, tokenizer) -> list[dict]:
     return rows
 
 
-def plot(curve: dict[str, list[float]], path: Path) -> None:
+def plot(curves: dict[str, list[float]], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6, 3.6))
-    axes.plot(curve["cycles"], curve["exact"], marker="o")
+    for name, exact in curves.items():
+        axes.plot(CYCLES, exact, marker="o", label=name)
+    axes.legend()
     axes.set_xlabel("decay cycles since the facts were told")
     axes.set_ylabel("facts recalled exactly")
     axes.set_ylim(0, 1)
@@ -74,9 +92,15 @@ if __name__ == "__main__":
     parser.add_argument("--output", type=Path, default=Path("docs"))
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    base, words = load(arguments.model, arguments.adapter, arguments.dtype)
-    result = {"forgetting": forgetting(base, words), "kept": kept_tokens(base, words)}
-    (arguments.output / f"forgetting-{arguments.model}.json").write_text(json.dumps(result, ensure_ascii=False) + "\n")
-    plot(result["forgetting"], arguments.output / f"forgetting-{arguments.model}.png")
-    print(json.dumps(result["forgetting"]))
-    print(f"senri_hf {senri_hf.__version__}: {arguments.output}/forgetting-{arguments.model}.png")
+    curves, kept = {}, {}
+    for title, settings in MEMORIES.items():
+        base, words = load_with(arguments.model, arguments.adapter, arguments.dtype, **settings)
+        curves[title] = forgetting(base, words)
+        if base.peft_config["default"].store_slots:
+            kept[title] = kept_tokens(base, words)
+    result = {"cycles": list(CYCLES), "exact": curves, "kept": kept}
+    stored = arguments.output / f"forgetting-{arguments.model}.json"
+    stored.write_text(json.dumps(result, ensure_ascii=False) + "\n", encoding="utf-8")
+    plot(curves, stored.with_suffix(".png"))
+    print(json.dumps(curves, indent=1))
+    print(f"The plot is {stored.with_suffix('.png')}")

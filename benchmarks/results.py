@@ -94,10 +94,14 @@ def wrong_answers(found: dict[str, dict[str, Any]]) -> list[str]:
     return lines
 
 
-def gate_table(kept: list[dict[str, Any]]) -> list[str]:
-    """Told conversations with the tokens that most layers kept in bold."""
+def gate_tables(kept: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """For every kind of surprise told conversations with the tokens that most layers kept in bold."""
+    return [line for title, rows in kept.items() for line in ("", f"{title.capitalize()}:", "", *gate_table(rows))]
+
+
+def gate_table(rows: list[dict[str, Any]]) -> list[str]:
     lines = ["| value told | tokens; those in bold were kept by at least half of the memory layers |", "|---|---|"]
-    for row in kept:
+    for row in rows:
         words = [word.replace("\n", "⏎").replace("|", "\\|") for word, _ in row["tokens"]]
         shown = [
             f"**{w.strip() or '·'}**" if share >= 0.5 else w.strip()
@@ -105,6 +109,15 @@ def gate_table(kept: list[dict[str, Any]]) -> list[str]:
         ]
         lines.append(f"| {row['answer']} | {' '.join(shown)} |")
     return lines
+
+
+def forgetting_section(found: dict[str, Any], model: str) -> list[str]:
+    """Recall against decay cycles: what the buffer held is forgotten, what the store took is not."""
+    cycles = found["cycles"]
+    lines = ["", "### Forgetting", "", f"![recall against decay cycles](forgetting-{model}.png)", ""]
+    lines += ["Four facts, one asked, after so many decay cycles.", ""]
+    lines += ["| memory | " + " | ".join(map(str, cycles)) + " |", "|---|" + "---|" * len(cycles)]
+    return lines + [f"| {name} | " + " | ".join(map(percent, exact)) + " |" for name, exact in found["exact"].items()]
 
 
 def flat_table(found: dict[str, Any]) -> list[str]:
@@ -138,14 +151,8 @@ def write(path: Path) -> None:
             lines += recall_table(sections["recall"])
             lines += ["", "Some answers that were wrong:", "", *wrong_answers(sections["recall"])]
         if sections["forgetting"]:
-            curve = sections["forgetting"]["forgetting"]
-            lines += ["", "### Forgetting", "", f"![recall against decay cycles](forgetting-{model}.png)", ""]
-            lines += [
-                "| decay cycles | " + " | ".join(map(str, curve["cycles"])) + " |",
-                "|---|" + "---|" * len(curve["cycles"]),
-            ]
-            lines += ["| four facts, one asked | " + " | ".join(map(percent, curve["exact"])) + " |"]
-            lines += ["", "### What the surprise gate kept", "", *gate_table(sections["forgetting"]["kept"])]
+            lines += forgetting_section(sections["forgetting"], model)
+            lines += ["", "### What the surprise gate kept", *gate_tables(sections["forgetting"]["kept"])]
         if sections["perplexity"]:
             lines += ["", "### Perplexity on ordinary English prose", "", *flat_table(sections["perplexity"])]
         if sections["speed"]:

@@ -170,13 +170,6 @@ def main() -> None:
         SAELENS: saelens,
         "memory": lambda: memory(args.adapter),
     }
-    parts = {
-        "variants": variants,
-        "lorenz": lorenz,
-        "language_model": language_model,
-        SAELENS: saelens,
-        "memory": lambda: memory(args.adapter),
-    }
     found: dict[str, Any] = json.loads(STORE.read_text()) if STORE.exists() else {}
     for part in args.only:
         if part == "cyclic":

@@ -21,6 +21,7 @@ def render(found: dict[str, Any]) -> list[str]:
     lines += [
         "Written by `python benchmarks/symbolic.py` from `symbolic.json`; the commands are those of the examples."
     ]
+    lines += ["", *summary(found)]
     for part, title, section in (
         ("cyclic", "The cyclic sequence", cyclic_section),
         ("variants", "Variants of autoencoders", variants_section),
@@ -31,6 +32,29 @@ def render(found: dict[str, Any]) -> list[str]:
     ):
         lines += ["", f"## {title}", "", *(section(found[part]) if found.get(part) else ["Not run yet."])]
     return lines
+
+
+def summary(found: dict[str, Any]) -> list[str]:
+    """What was to be shown and what was measured, the worst of the seeds where there are several."""
+    runs = list(found.get("cyclic", {}).values())
+    if not runs:
+        return []
+    windows = [run["sae"]["windows"] for run in runs]
+    flips, unseen = [run["edit"]["best_flip_rate"] for run in runs], [run["train"]["unseen"] for run in runs]
+    returned = min(kind["returned"] for run in unseen for kind in run.values())
+    forbidden = max(kind["forbidden_per_symbol"] for run in unseen for kind in run.values())
+    rows = [
+        ["loss above the Bayes floor", "0.001", f"{max(run['train']['above_floor'] for run in runs):.5f}"],
+        ["phases with the right next symbol", "18 of 18", f"{min(run['train']['phases_right'] for run in runs)}"],
+        ["back in the cycle from contexts that training never saw", "all", f"{returned:.1%}"],
+        ["forbidden steps per symbol there", "0", f"{forbidden:.5f}"],
+        ["explained variance", "0.998", f"{min(entry['explained_variance'] for entry in windows):.4f}"],
+        ["latents active (L0)", "4.6", f"{max(entry['l0'] for entry in windows):.2f}"],
+        ["dead latents", "5%", f"{max(entry['dead'] for entry in windows):.1%}"],
+        ["phases that the best latent flips", "50%", f"{min(flips):.1%}"],
+        ["phases that random latents flip, mean", "few", f"{max(r['edit']['random_latents_mean'] for r in runs):.1%}"],
+    ]
+    return [f"The cyclic sequence in short, the worst of {len(runs)} seeds:", "", *table(["", "aim", "measured"], rows)]
 
 
 def table(columns: list[str], rows: list[list[str]]) -> list[str]:
@@ -68,12 +92,33 @@ def cyclic_section(runs: dict[str, Any]) -> list[str]:
     strength = first["edit"]["settings"]["strength"]
     row(f"phases that the best latent flips at {strength} times its largest activation", "edit/best_flip_rate", ".1%")
     row("the same, unseen contexts with one wrong symbol", "edit/best_flip_rate_unseen", ".1%")
-    row(f"random latents at {strength} times theirs: mean", "edit/random_latents_mean", ".1%")
-    row("random latents: most", "edit/random_latents_most", ".1%")
-    row("random directions, changes as large as the best latent's: mean", "edit/random_directions_mean", ".1%")
+    row(f"random latents at {strength} times theirs: mean of 20", "edit/random_latents_mean", ".1%")
+    row("random latents: the strongest of 20", "edit/random_latents_most", ".1%")
+    row("random directions, changes as large as the best latent's: mean of 20", "edit/random_directions_mean", ".1%")
     row("all latents set to those of another phase: what follows that one is said", "edit/patch_followed", ".1%")
     lines = table(["", *(f"seed {seed}" for seed in runs)], rows)
-    return [*lines, "", "Figures of seed 0:", *figures("train", "sae", "edit")]
+    return [*lines, "", *controls([run["edit"] for run in runs.values()]), *figures("train", "sae", "edit")]
+
+
+def controls(edits: list[dict[str, Any]]) -> list[str]:
+    """What the random latents and directions say, in words."""
+    rates = [[max(latent["ablated"], latent["clamped"]) for latent in edit["latents"]] for edit in edits]
+    strong = ", ".join(str(sum(rate >= 0.5 for rate in of_seed)) for of_seed in rates)
+    some = ", ".join(str(sum(rate > 0 for rate in of_seed)) for of_seed in rates)
+    means = [edit["random_latents_mean"] for edit in edits]
+    directions = [edit["random_directions_mean"] for edit in edits]
+    strongest = max(edit["random_latents_most"] for edit in edits)
+    return [
+        f"What the controls say. Of {len(rates[0])} latents {strong} (by seed) flip at least half of the phases, "
+        f"{some} flip any at all. Random latents are drawn from all but the three best, so that a draw can be one of "
+        f"those that count as well: the strongest draw reaches {strongest:.1%} in one seed. A random latent flips "
+        f"{min(means):.0%} to {max(means):.0%} of the phases in the mean, a random direction {min(directions):.0%} to "
+        f"{max(directions):.0%}: which latent it is decides, not how large the change is. The best latents make the "
+        "model say one symbol for as long as they are held (`rollouts` in `symbolic.json`); a third of the phases says "
+        "that symbol anyway, so that two thirds is all that such a latent can flip.",
+        "",
+        "Figures of seed 0:",
+    ]
 
 
 def variants_section(found: dict[str, Any]) -> list[str]:
@@ -88,7 +133,15 @@ def variants_section(found: dict[str, Any]) -> list[str]:
             name = next(iter(entry))
             cells = [f"{entry['l0']:.2f}", f"{entry['explained_variance']:.4f}", f"{entry['dead']:.0%}"]
             rows.append([variant, f"{name.replace('_', ' ')} {entry[name]}", *cells])
-    return lines + table(["variant", "", "L0", "explained variance", "dead"], rows) + figures("variants")
+    lines += table(["variant", "", "L0", "explained variance", "dead"], rows)
+    return [
+        *lines,
+        "",
+        "Dead latents: the windows give 135 different activations, in little more than ten dimensions, which few "
+        "active latents explain without the others. Fewer are dead where more may be active, and after a longer "
+        "training: the autoencoder of the section above (topk, k 4) has none after eight times as many steps.",
+        *figures("variants"),
+    ]
 
 
 def lorenz_section(found: dict[str, Any]) -> list[str]:
@@ -114,12 +167,13 @@ def lorenz_section(found: dict[str, Any]) -> list[str]:
 
 def language_model_section(found: dict[str, Any]) -> list[str]:
     lines = [
-        f"`{found['command']}`, {found['cpu_seconds'] / 60:.1f} minutes of one core; measured on text that training "
-        "never saw.",
+        f"`{found['command']}`, {found['cpu_seconds'] / 60:.1f} minutes of processor time; measured on text that "
+        "training never saw.",
         "",
     ]
     measured = found["measured"]
-    lines += table(["", ""], [[name.replace("_", " "), f"{value:,.4g}"] for name, value in measured.items()])
+    rows = [[name.replace("_", " "), f"{value:,.4g}"] for name, value in measured.items() if name != "dead"]
+    lines += table(["", ""], [*rows, ["dead latents", f"{measured['dead']:.2%}"]])
     lines += ["", "Where some latents are most active:", ""]
     rows = []
     for entry in found["contexts"]:

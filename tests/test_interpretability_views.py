@@ -35,6 +35,10 @@ def test_top_contexts_are_those_where_a_latent_is_largest() -> None:
     assert entry["contexts"][0]["token"] == Letters().decode(ids[row, at : at + 1])
     assert entry["contexts"][0]["before"] == Letters().decode(ids[row, :at][mask[row, :at].bool()])
     assert entry["density"] == pytest.approx(float(density[latent]))
+    with pytest.raises(ValueError, match="Latent 40 was named, but the autoencoder has latents 0 to 39"):
+        top_contexts(model, Letters(), "model.layers.1", sae, batches, latents=[40])
+    with pytest.raises(ValueError, match="no tokens"):
+        top_contexts(model, Letters(), "model.layers.1", sae, [])
     sample = top_contexts(model, Letters(), "model.layers.1", sae, batches, count=5)
     assert len(sample) <= 5 and all(0 < entry["density"] < 0.1 for entry in sample)
 

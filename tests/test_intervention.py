@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import Subject, remembering, tiny_model, tokens
+from models import Subject, tiny_model, tokens
 from sparse import autoencoder
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
@@ -162,10 +162,10 @@ def test_every_way_to_generate_is_edited_alike(llama: PreTrainedModel, kind: str
 def test_padding_is_counted_as_columns_and_changes_no_other_row(llama: PreTrainedModel) -> None:
     sae = autoencoder()
     plain, other = greedy(llama, IDS), greedy(llama, IDS[1:])
-    with intervene(llama, LAYER, sae, LOUD, rows=[0]):
+    with intervene(llama, LAYER, sae, LOUD, rows=[True, False]):
         edited = greedy(llama, IDS)
-    refused = pytest.raises(ValueError, match=r"rows=\[5\] were named, but the batch has rows 0 to 1")
-    with refused, intervene(llama, LAYER, sae, LOUD, rows=[5]):
+    refused = pytest.raises(ValueError, match="The rows are of 3 rows, but the batch has 2")
+    with refused, intervene(llama, LAYER, sae, LOUD, rows=[True, False, False]):
         greedy(llama, IDS)
     assert torch.equal(edited[1:], other) and not torch.equal(edited[0], plain[0])
     # Every row of a batch of prompts keeps its own prompt.
@@ -175,14 +175,19 @@ def test_padding_is_counted_as_columns_and_changes_no_other_row(llama: PreTraine
     assert torch.equal(together, alone) and torch.equal(together[:, :7], IDS)
 
 
-def test_rows_and_masks_follow_the_copies_that_beams_make(llama: PreTrainedModel) -> None:
+@pytest.mark.parametrize(
+    "chosen", [{"rows": [True, False]}, {"positions": torch.tensor([[True], [False]]).expand(2, 7)}]
+)
+def test_rows_and_masks_follow_the_copies_that_beams_make(llama: PreTrainedModel, chosen: dict[str, Any]) -> None:
     sae = autoencoder()
-    mask = torch.zeros(2, 7, dtype=torch.bool)
-    mask[0] = True
     plain = greedy(llama, IDS, num_beams=3)
-    with intervene(llama, LAYER, sae, LOUD, positions=mask):
+    with intervene(llama, LAYER, sae, LOUD, **chosen):
         edited = greedy(llama, IDS, num_beams=3)
+    everywhere = "all" if "rows" in chosen else "prompt"
+    with intervene(llama, LAYER, sae, LOUD, positions=everywhere):
+        alone = greedy(llama, IDS[:1], num_beams=3)
     assert torch.equal(edited[1], plain[1]) and not torch.equal(edited[0], plain[0])
+    assert torch.equal(edited[:1], alone)
 
 
 def test_a_new_prompt_begins_a_new_text_and_a_filled_cache_goes_on(llama: PreTrainedModel) -> None:
@@ -206,6 +211,12 @@ def test_skipped_positions_are_never_edited(llama: PreTrainedModel) -> None:
     with intervene(llama, LAYER, autoencoder(skip_positions=2), LOUD):
         after = outputs(llama, LAYER, IDS)
     assert (before != after).any(-1)[0].tolist() == [False] * 2 + [True] * 5
+    ids, mask = torch.nn.functional.pad(IDS, (3, 0)), torch.nn.functional.pad(torch.ones_like(IDS), (3, 0))
+    before = outputs(llama, LAYER, ids, attention_mask=mask)
+    with intervene(llama, LAYER, autoencoder(skip_positions=2), LOUD):
+        padded = outputs(llama, LAYER, ids, attention_mask=mask)
+        assert torch.equal(greedy(llama, ids, attention_mask=mask)[:, 3:], greedy(llama, IDS))
+    assert (before != padded).any(-1)[0].tolist() == [False] * 5 + [True] * 5
 
 
 def test_modules_that_return_tuples_and_a_half_precision_model_are_edited() -> None:
@@ -235,19 +246,6 @@ def test_a_random_direction_gets_a_change_as_long(llama: PreTrainedModel, keep_e
     torch.testing.assert_close(turned.norm(dim=-1), own.norm(dim=-1), rtol=1e-4, atol=1e-4)
     cosine = torch.nn.functional.cosine_similarity(turned[:, 2:4], own[:, 2:4], dim=-1)
     assert not turned[:, :2].any() and float(cosine.abs().max()) < 0.9
-
-
-def test_what_a_memory_reads_can_be_edited() -> None:
-    model = SUBJECT.model()
-    name = "model.layers.2.memory_adapter.senri_block.default"
-    memory = remembering(model, rows=2)
-    with torch.no_grad(), memory.read_only(), captured(model, name) as reads:
-        plain = model(input_ids=IDS, past_key_values=memory.snapshot()).logits
-    assert reads[0].shape == (2, 7, 32)
-    sae = autoencoder()
-    with torch.no_grad(), intervene(model, name, sae, LOUD, positions=[2]):
-        edited = model(input_ids=IDS, past_key_values=memory.snapshot()).logits
-    assert torch.equal(edited[:, :2], plain[:, :2]) and not torch.equal(edited[:, 2], plain[:, 2])
 
 
 def test_a_context_manager_leaves_no_hook_behind_even_after_an_error(llama: PreTrainedModel) -> None:
@@ -284,6 +282,7 @@ def test_an_edit_of_no_use_is_refused(call: Callable[[], Any], message: str) -> 
         (LAYER, Edit(48, "ablate"), {}, "Latent 48 was named, but the autoencoder has latents 0 to 47"),
         (LAYER, LOUD, {"positions": "last"}, "positions='last'"),
         (LAYER, LOUD, {"positions": torch.ones(2, 7)}, "a bool tensor"),
+        (LAYER, LOUD, {"rows": [0]}, r"rows=\[0\] was given, but a bool for every row"),
     ],
 )
 def test_an_intervention_of_no_use_is_refused(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import tiny_model
+from models import BuiltIn, tiny_model
 from sparse import Letters
 
 from senri_hf import SparseAutoencoder
@@ -44,7 +44,22 @@ def test_the_command_trains_resumes_measures_shows_and_exchanges(
         atol=1e-4,
     )
     capsys.readouterr()
+    assert main(["sae", "evaluate", str(tmp_path / "sae"), "--text", str(text), "--piece", "8"]) == 2
+    assert "trained on pieces of 16" in capsys.readouterr().err
     assert main(["sae", "evaluate", str(tmp_path / "sae"), "--text", "no-such-book"]) == 2
     assert "no-such-book" in capsys.readouterr().err
     assert main(["sae", "evaluate", str(tmp_path / "sae"), "--pieces", "0", *of_text]) == 2
     assert "--pieces 0" in capsys.readouterr().err
+
+
+def test_the_command_trains_on_what_a_built_in_memory_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = BuiltIn("senri", "built_in", "default").model()
+    monkeypatch.setattr("senri_hf.commands.sae.load", lambda arguments: (model, Letters()))
+    text = tmp_path / "text.txt"
+    text.write_text("It was the best of times, it was the worst of times. " * 20)
+    of_text = ["--text", str(text), "--piece", "32", "--rows", "4"]
+    train = ["sae", "train", "--module", "model.layers.0.memory", "--output", str(tmp_path / "sae"), "--steps", "3"]
+    assert main([*train, "--k", "4", "--batch-size", "64", "--buffer-size", "400", *of_text]) == 0
+    assert main(["sae", "evaluate", str(tmp_path / "sae"), "--output", str(tmp_path / "found.json"), *of_text]) == 0
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["l0"] > 0 and found["kl_zero"] > 0

@@ -105,6 +105,7 @@ def test_resampling_does_no_harm_to_what_is_learned(variant: str, tmp_path: Path
         ({"max_steps": -1}, "max_steps=-1"),
         ({"find_dead_every": 0}, "find_dead_every=0"),
         ({"directions": "up"}, "directions='up'"),
+        ({"resample_every": -1}, "resample_every=-1"),
     ],
 )
 def test_arguments_of_no_use_are_refused(settings: dict[str, Any], message: str, tmp_path: Path) -> None:

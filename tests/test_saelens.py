@@ -102,6 +102,14 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
     save_file(tensors | {"b_enc": tensors["b_enc"] * torch.nan}, tmp_path / "sae_weights.safetensors")
     with pytest.raises(ValueError, match="b_enc holds NaN"):
         import_saelens(tmp_path)
+    whole = (tmp_path / "sae_weights.safetensors").read_bytes()
+    (tmp_path / "sae_weights.safetensors").write_bytes(whole[:-8])
+    with pytest.raises(ValueError, match=r"sae_weights\.safetensors is damaged"):
+        import_saelens(tmp_path)
+    config = json.loads((tmp_path / "cfg.json").read_text())
+    (tmp_path / "cfg.json").write_text(json.dumps(config | {"d_in": None}))
+    with pytest.raises(ValueError, match="damaged: d_in is None"):
+        import_saelens(tmp_path)
     (tmp_path / "cfg.json").write_text("{")
     with pytest.raises(ValueError, match="damaged"):
         import_saelens(tmp_path)

@@ -15,6 +15,7 @@ from train_cyclic import write_results
 from train_sae import add_training, batches, task_of, trained
 from transformers import AutoModelForCausalLM, set_seed
 
+from senri_hf.configuration.sparse_autoencoder import VARIANTS
 from senri_hf.interpretability import module_activations, plots, reconstruction_metrics
 
 
@@ -25,7 +26,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_training(parser, steps=1000)
     add = parser.add_argument
-    add("--variants", nargs="+", default=["topk", "batchtopk", "jumprelu"])
+    add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     add("--k", nargs="+", type=int, default=[2, 4, 8], help="for topk and batchtopk")
     add("--sparsity-coefficients", nargs="+", type=float, default=[0.1, 0.4, 1.6], help="for the others")
     add("--expansion-factor", type=float, default=0.4375, help="latents per dimension")

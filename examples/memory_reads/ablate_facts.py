@@ -56,40 +56,44 @@ TESTED = {"train": "other people", "validation": "other people, unseen values an
 
 @dataclass
 class Asked:
-    """Questions with their replies as the model reads them, one for each person.
+    """Questions about one kind of fact, one for each person, read up to the last token before the reply.
 
     Attributes:
-        inputs: `input_ids` and `attention_mask`, [people, T].
+        cache: What the person told, and the question.
+        inputs: The last token of the question and the reply, as arguments of the model, [people, T].
         labels: The answer's tokens where they stand, -100 elsewhere, [people, T].
     """
 
     kind: str
+    questions: list[Question]
+    cache: senri_hf.MemoryCache
     inputs: dict[str, torch.Tensor]
     labels: torch.Tensor
-    questions: list[Question]
+
+    @property
+    def real(self) -> torch.Tensor:
+        """[people, T] which columns are no padding."""
+        return self.inputs["attention_mask"][:, -self.labels.shape[1] :].bool()
 
 
-@dataclass
-class Group:
-    """People who told one fact of every kind, with what is remembered of them and what is asked."""
-
-    memory: senri_hf.MemoryCache
-    asked: list[Asked]
-
-
-def answer_labels(tokenizer: Any, question: Question) -> tuple[list[int], list[int]]:
-    """A question's conversation as ids, and the ids of the answer in its reply, -100 elsewhere."""
+def tokens_of(tokenizer: Any, question: Question) -> tuple[list[int], list[int], int]:
+    """A question and its reply as ids, those of the answer in it (-100 elsewhere), and where the reply begins."""
     messages = [{"role": m["role"], "content": m["content"]} for m in question.conversation]
     text = tokenizer.apply_chat_template(messages, tokenize=False)
-    start = text.rindex(question.answer) if question.answer in text else text.lower().rindex(question.answer.lower())
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    stop = start + len(question.answer)
-    inside = [first < stop and last > start for first, last in encoded["offset_mapping"]]
-    return encoded["input_ids"], [i if here else IGNORED for i, here in zip(encoded["input_ids"], inside, strict=True)]
+    reply = text.rindex(question.reply)
+    start = reply + question.reply.lower().rindex(question.answer.lower())
+    encoded = tokenizer(text[: reply + len(question.reply)], add_special_tokens=False, return_offsets_mapping=True)
+    inside = [last > start and first < start + len(question.answer) for first, last in encoded["offset_mapping"]]
+    labels = [i if here else IGNORED for i, here in zip(encoded["input_ids"], inside, strict=True)]
+    return (
+        encoded["input_ids"],
+        labels,
+        next(i for i, (_, last) in enumerate(encoded["offset_mapping"]) if last > reply),
+    )
 
 
-def groups(
-    model: Any, tokenizer: Any, kinds: Sequence[str], people: int, split: str, seed: int
+def told_and_asked(
+    kinds: Sequence[str], people: int, split: str, seed: int
 ) -> Iterator[tuple[list[list[Any]], list[list[Question]]]]:
     """What people tell and ask, `ROWS` at a time: for every person conversations, and for every kind questions."""
     relations = {kind: [r["key"] for r in load_data()["relations"] if r["category"] == kind and r["split"] == "train"]
@@ -109,35 +113,56 @@ def groups(
 
 
 @torch.no_grad()
-def remembered(model: Any, tokenizer: Any, kinds: Sequence[str], people: int, split: str, seed: int) -> list[Group]:
-    """Groups of people, with what the model remembers of what they told."""
+def remembered(model: Any, tokenizer: Any, kinds: Sequence[str], people: int, split: str, seed: int) -> list[Asked]:
+    """Questions to people who told a fact of every kind."""
     found = []
-    for told, questions in groups(model, tokenizer, kinds, people, split, seed):
-        asked = []
-        for kind, of_kind in zip(kinds, questions, strict=True):
-            rows = [answer_labels(tokenizer, question) for question in of_kind]
-            longest = max(len(ids) for ids, _ in rows)
-            padded = [(ids + [tokenizer.pad_token_id] * (longest - len(ids)), labels + [IGNORED] * (longest - len(ids)))
-                      for ids, labels in rows]  # fmt: skip
-            mask = [[1] * len(ids) + [0] * (longest - len(ids)) for ids, _ in rows]
-            inputs = {"input_ids": torch.tensor([ids for ids, _ in padded]), "attention_mask": torch.tensor(mask)}
-            asked.append(Asked(kind, inputs, torch.tensor([labels for _, labels in padded]), of_kind))
-        found.append(Group(tell(model, tokenizer, told), asked))
-        print(f"{split}: {len(found) * ROWS} people told", flush=True)
+    for told, questions in told_and_asked(kinds, people, split, seed):
+        memory = tell(model, tokenizer, told)
+        found += [asked_after(model, tokenizer, memory, *pair) for pair in zip(kinds, questions, strict=True)]
+        print(f"{split}: {len(found) // len(kinds) * ROWS} people told and asked", flush=True)
     return found
 
 
+def asked_after(
+    model: Any, tokenizer: Any, memory: senri_hf.MemoryCache, kind: str, questions: list[Question]
+) -> Asked:
+    """Questions, read with a memory."""
+    rows = [tokens_of(tokenizer, question) for question in questions]
+    before = max(start for _, _, start in rows) - 1
+    after = max(len(ids) - start for ids, _, start in rows) + 1
+    pad, length = tokenizer.pad_token_id, before + after
+    ids, labels, mask = torch.full((len(rows), length), pad), torch.full((len(rows), length), IGNORED), None
+    mask = torch.zeros(len(rows), length, dtype=torch.long)
+    for row, (row_ids, row_labels, start) in enumerate(rows):
+        place = slice(before + 1 - start, before + 1 - start + len(row_ids))
+        ids[row, place], labels[row, place], mask[row, place] = torch.tensor(row_ids), torch.tensor(row_labels), 1
+    position_ids = (mask.cumsum(-1) - 1).clamp_min(0)
+    cache = memory.snapshot()
+    prompt = {
+        "input_ids": ids[:, :before],
+        "attention_mask": mask[:, :before],
+        "position_ids": position_ids[:, :before],
+    }
+    model(**prompt, past_key_values=cache, logits_to_keep=1)
+    inputs = {"input_ids": ids[:, before:], "attention_mask": mask, "position_ids": position_ids[:, before:]}
+    return Asked(kind, questions, cache, inputs, labels[:, before:])
+
+
+def answered(model: Any, asked: Asked) -> torch.Tensor:
+    """Logits [people, T, V] of what follows the question's last token and every token of the reply."""
+    logits: torch.Tensor = model(**asked.inputs, past_key_values=asked.cache.snapshot()).logits
+    return logits
+
+
 @torch.no_grad()
-def reads(model: Any, places: Sequence[str], people: list[Group]) -> list[list[torch.Tensor]]:
-    """What readers at places add while questions are read, [tokens, d_in] for each: by group of people and kind."""
+def reads(model: Any, places: Sequence[str], questions: list[Asked]) -> list[list[torch.Tensor]]:
+    """What readers at places add at replies, [tokens, d_in] for each of them: by questions."""
     found = []
-    for group in people:
-        for asked in group.asked:
-            real = asked.inputs["attention_mask"].bool()
-            with contextlib.ExitStack() as stack:
-                outputs = [stack.enter_context(captured(model, place)) for place in places]
-                model(**asked.inputs, past_key_values=group.memory.snapshot(), logits_to_keep=1)
-            found.append([output[0][real].float() for output in outputs])
+    for asked in questions:
+        with contextlib.ExitStack() as stack:
+            outputs = [stack.enter_context(captured(model, place)) for place in places]
+            answered(model, asked)
+        found.append([output[0][asked.real].float() for output in outputs])
     return found
 
 
@@ -184,30 +209,29 @@ def train(place: str, activations: list[torch.Tensor], args: argparse.Namespace)
     return sae, reconstruction_metrics(sae, kept)
 
 
-def attributions(model: Any, autoencoders: list[SparseAutoencoder], people: list[Group]) -> torch.Tensor:
-    """What latents add to the log probability of the answers of every kind, [kinds, layers, d_sae]; means over people.
+def attributions(
+    model: Any, autoencoders: list[SparseAutoencoder], questions: list[Asked], kinds: Sequence[str]
+) -> torch.Tensor:
+    """What latents add to the log probability of the answers of every kind, [kinds, layers, d_sae]; means over answers.
 
     Gradient along a latent's direction times its activation, summed over tokens, and averaged over passes in which all
     latents are scaled down together (integrated gradients, as Marks et al. 2024, 2403.19647, take them): where all of
     them are there the answer is sure, and no single one of them is missed.
     """
-    kinds, width = len(people[0].asked), autoencoders[0].W_dec.shape[0]
-    total, asked_of = torch.zeros(kinds, len(autoencoders), width), 0
-    for group in people:
-        asked_of += len(group.asked[0].questions)
-        for kind, asked in enumerate(group.asked):
-            for share in SHARES:
-                kept: list[tuple[torch.Tensor, torch.Tensor]] = []
-                with contextlib.ExitStack() as stack:
-                    for sae in autoencoders:
-                        stack.enter_context(replaced_output(model, sae.config.hook_name, scaled_down(sae, share, kept)))
-                    logits = model(**asked.inputs, past_key_values=group.memory.snapshot()).logits
-                log_likelihoods(logits, asked.labels).sum().backward()
-                real = asked.inputs["attention_mask"].bool()
-                for layer, (sae, (latents, change)) in enumerate(zip(autoencoders, kept, strict=True)):
-                    effect = latents * (change.grad @ sae.W_dec.detach().T) / sae.activation_scale
-                    total[kind, layer] += effect[real].sum(0) / len(SHARES)
-    return total / asked_of
+    total = torch.zeros(len(kinds), len(autoencoders), autoencoders[0].W_dec.shape[0])
+    for asked in questions:
+        for share in SHARES:
+            kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+            with contextlib.ExitStack() as stack:
+                for sae in autoencoders:
+                    stack.enter_context(replaced_output(model, sae.config.hook_name, scaled_down(sae, share, kept)))
+                logits = answered(model, asked)
+            log_likelihoods(logits, asked.labels).sum().backward()
+            for layer, (sae, (latents, change)) in enumerate(zip(autoencoders, kept, strict=True)):
+                effect = latents * (change.grad @ sae.W_dec.detach().T) / sae.activation_scale
+                total[kinds.index(asked.kind), layer] += effect[asked.real].sum(0) / len(SHARES)
+    answers = torch.tensor([sum(len(a.questions) for a in questions if a.kind == kind) for kind in kinds])
+    return total / answers[:, None, None]
 
 
 def scaled_down(sae: SparseAutoencoder, share: float, kept: list[Any]) -> Any:
@@ -241,27 +265,27 @@ def latents_of(kind: int, attributions: torch.Tensor, count: int) -> list[list[i
 
 
 @torch.no_grad()
-def recalled(model: Any, people: list[Group]) -> dict[str, dict[str, float]]:
+def recalled(model: Any, questions: list[Asked]) -> dict[str, dict[str, float]]:
     """By kind: `exact`, the share of answers whose every token is the most likely one; `nats`, -log p of a token."""
     found: dict[str, dict[str, list[float]]] = {}
-    for group in people:
-        for asked in group.asked:
-            logits = model(**asked.inputs, past_key_values=group.memory.snapshot()).logits
-            part = asked.labels[:, 1:] != IGNORED
-            right = (logits[:, :-1].argmax(-1) == asked.labels[:, 1:]) | ~part
-            entry = found.setdefault(asked.kind, {"exact": [], "nats": []})
-            entry["exact"] += right.all(-1).double().tolist()
-            entry["nats"] += (-log_likelihoods(logits, asked.labels).sum(-1) / part.sum(-1)).tolist()
+    for asked in questions:
+        logits = answered(model, asked)
+        part = asked.labels[:, 1:] != IGNORED
+        right = (logits[:, :-1].argmax(-1) == asked.labels[:, 1:]) | ~part
+        entry = found.setdefault(asked.kind, {"exact": [], "nats": []})
+        entry["exact"] += right.all(-1).double().tolist()
+        entry["nats"] += (-log_likelihoods(logits, asked.labels).sum(-1) / part.sum(-1)).tolist()
     return {kind: {name: sum(v) / len(v) for name, v in entry.items()} for kind, entry in found.items()}
 
 
 @contextlib.contextmanager
-def ablated(model: Any, autoencoders: list[SparseAutoencoder], latents: list[list[int]]) -> Iterator[None]:
+def ablated(
+    model: Any, autoencoders: list[SparseAutoencoder], latents: list[list[int]], keep_error: bool = True
+) -> Iterator[None]:
     """Inside, latents of every layer's read are zero."""
     with contextlib.ExitStack() as stack:
         for sae, chosen in zip(autoencoders, latents, strict=True):
-            if chosen:
-                stack.enter_context(intervene(model, None, sae, Edit(chosen, "ablate")))
+            stack.enter_context(intervene(model, None, sae, Edit(chosen, "ablate"), keep_error=keep_error))
         yield
 
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 # Of every so many pieces of text one is kept from training, to measure on.
 HELD_OUT_EVERY = 10
+# What training writes beside the autoencoder.
+TRAINING = "training.json"
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -183,8 +185,8 @@ def run_train(arguments: argparse.Namespace) -> int:
     trainer.save_model()
     # Of this run, with the time to load the model and to read the text; a resumed one does not know the time before.
     seconds, cpu_seconds = time.perf_counter() - began[0], time.process_time() - began[1]
-    found = {"seconds": seconds, "cpu_seconds": cpu_seconds, "log": trainer.state.log_history}
-    write(arguments.output / "training.json", found)
+    found = {"seconds": seconds, "cpu_seconds": cpu_seconds, "text": arguments.text, "piece": arguments.piece}
+    write(arguments.output / TRAINING, {**found, "log": trainer.state.log_history})
     print(f"{arguments.output}")
     return 0
 
@@ -194,6 +196,7 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
     from ..interpretability import SparseAutoencoder, module_activations, prediction_metrics, reconstruction_metrics
 
     sae = SparseAutoencoder.from_pretrained(arguments.sae).eval()
+    check_held_out(arguments)
     model, tokenizer = load(arguments)
     held_out = batches(drawn(pieces(arguments, tokenizer)[1], arguments.pieces), arguments.rows)
     place, skip = hook_name(sae), sae.config.skip_positions
@@ -233,6 +236,18 @@ def run_contexts(arguments: argparse.Namespace) -> int:
         for context in entry["contexts"]:
             print(f"  {context['value']:7.2f}  {context['before']}[[{context['token']}]]{context['after']}")
     return 0
+
+
+def check_held_out(arguments: argparse.Namespace) -> None:
+    """ValueError when the text would be cut in other pieces than it was for training: those kept from it are others."""
+    path = arguments.sae / TRAINING
+    trained = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    same_text = set(arguments.text) & set(trained.get("text", ()))
+    if same_text and trained["piece"] != arguments.piece:
+        raise ValueError(
+            f"--piece {arguments.piece} was given, but the autoencoder was trained on pieces of {trained['piece']}: "
+            "pieces of another size would hold text that it was trained on"
+        )
 
 
 def hook_name(sae: Any) -> str:

@@ -18,11 +18,12 @@ _MODULES = {
     "captured": ".hooks",
     "control_latents": ".doses",
     "dose_response": ".doses",
+    "edit_slots": ".memory",
     "export_saelens": ".saelens",
     "find_module": ".hooks",
     "import_saelens": ".saelens",
     "intervene": ".intervention",
-    "memory_slots": ".activations",
+    "memory_slots": ".memory",
     "module_activations": ".activations",
     "prediction_metrics": ".metrics",
     "reconstruction_metrics": ".metrics",
@@ -30,11 +31,12 @@ _MODULES = {
 }
 
 if TYPE_CHECKING:
-    from .activations import ActivationStream, memory_slots, module_activations
+    from .activations import ActivationStream, module_activations
     from .contexts import top_contexts
     from .doses import control_latents, dose_response
     from .hooks import captured, find_module
     from .intervention import Edit, intervene
+    from .memory import edit_slots, memory_slots
     from .metrics import prediction_metrics, reconstruction_metrics
     from .saelens import export_saelens, import_saelens
     from .sparse_autoencoder import SparseAutoencoder, SparseAutoencoderOutput
@@ -50,6 +52,7 @@ __all__ = [
     "captured",
     "control_latents",
     "dose_response",
+    "edit_slots",
     "export_saelens",
     "find_module",
     "import_saelens",

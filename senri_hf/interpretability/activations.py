@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
-from ..memory import MemoryCache
 from .hooks import captured
 
 
@@ -52,26 +51,6 @@ def module_activations(
         yield outputs[0][real_positions(batch, skip_positions).to(outputs[0].device)]
 
 
-def memory_slots(memory: MemoryCache, layer_idx: int, field: str, adapter_name: str | None = None) -> Tensor:
-    """One field of what a memory layer holds, as activations [n, d]: all rows, slots that are zero left out.
-
-    Args:
-        field: A tensor of the layer's `state_dict()` whose last dimension is of vectors, such as `"store"`, or the
-            associations of a compressive memory, whose rows are taken.
-        adapter_name: Whose memory; not needed where the layer has one only.
-    """
-    layers = [layer for layer in memory.memory_layers if layer.layer_idx == layer_idx]
-    layers = [layer for layer in layers if adapter_name in (None, layer.adapter_name)]
-    if len(layers) > 1:
-        raise ValueError(f"Layer {layer_idx} has memories of {[layer.adapter_name for layer in layers]}: say whose")
-    held = layers[0].state_dict() if layers else {}
-    wide = sorted(name for name, tensor in held.items() if tensor.dim() >= 3)
-    if field not in wide:
-        raise ValueError(f"The memory of layer {layer_idx} has no field {field!r} of vectors, but {wide or 'none'}")
-    slots = held[field].flatten(0, -2)
-    return slots[(slots != 0).any(-1)]
-
-
 class ActivationStream(IterableDataset[dict[str, Tensor]]):
     """Batches of activations in random order, out of a buffer in memory that a source refills.
 
@@ -106,6 +85,7 @@ class ActivationStream(IterableDataset[dict[str, Tensor]]):
         self.reuse, self.seed = reuse, seed
         self.consumed = 0  # items of the source that were read in its present pass
         self.fills = 0
+        self._began, self._found = 0, 0  # the present pass: its first item, and the activations that it gave so far
         self._held: Tensor | None = None
         self._items: Iterator[Tensor] | None = None
 
@@ -131,16 +111,17 @@ class ActivationStream(IterableDataset[dict[str, Tensor]]):
         count = sum(len(part) for part in parts)
         while count < self.buffer_size:
             if self._items is None:
-                self._items = iter(self.source(self.consumed))
+                self._items, self._began, self._found = iter(self.source(self.consumed)), self.consumed, 0
             item = next(self._items, None)
             if item is None:
-                if self.consumed == 0:
+                if not self._found and self._began == 0:
                     raise ValueError("The source of activations is empty")
                 self.consumed, self._items = 0, None
                 if count >= 2 * self.batch_size:  # all of it is here
                     break
                 continue
             self.consumed += 1
+            self._found += len(item)
             parts.append(item)
             count += len(item)
         self._held = torch.cat(parts)

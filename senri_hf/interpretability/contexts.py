@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from .activations import Batch, module_activations, real_positions
-from .sparse_autoencoder import SparseAutoencoder
+from .sparse_autoencoder import SparseAutoencoder, check_latents
 
 
 # Tokens shown before and after.
@@ -39,7 +39,11 @@ def top_contexts(
 
     Returns:
         For every latent `latent`, `density`, and `contexts` with `value`, `before`, `token`, `after`.
+
+    Raises:
+        ValueError: when there is no such latent, or there are no tokens to look at.
     """
+    check_latents(latents or (), sae)
     rows: list[Tensor] = []  # ids of the real tokens of every row
     best, place = torch.empty(0, 0), torch.empty(0, 0, dtype=torch.long)  # [d_sae, top]: value, row and column
     column = torch.empty(0, 0, dtype=torch.long)
@@ -62,7 +66,9 @@ def top_contexts(
                 first = int(of_row.sum()) - length
                 best, place, column = merged(best, place, column, highest[:, None], new, at[:, None] + first, top)
             start += length
-    density = active / max(1, seen)
+    if not seen:
+        raise ValueError("There were no tokens to look at")
+    density = active / seen
     if latents is None:
         living = ((density > 0) & (density < DENSE)).nonzero()[:, 0]
         ranked = living[density[living].argsort(descending=True)]

@@ -118,6 +118,7 @@ class Columns:
         prompt: Columns of the prompt: those of the first pass, unless they were said.
         given: The prompt's length where it was said.
         rows: Rows of the batch.
+        real: Number of real tokens of the row up to each column of this pass, [B, length]; None where all are real.
         seen: Ids of the prompt; without a cache they tell whether a pass goes on with the same text.
     """
 
@@ -126,10 +127,16 @@ class Columns:
     prompt: int = 0
     given: int | None = None
     rows: int = 0
+    real: Tensor | None = field(default=None, repr=False)
     seen: Tensor | None = field(default=None, repr=False)
 
-    def note(self, ids: Tensor | None, embeds: Tensor | None, cached: int | None) -> None:
-        """Take in a pass over ids [B, T], or embeddings [B, T, D], with `cached` columns before; None has no cache."""
+    def note(self, ids: Tensor | None, embeds: Tensor | None, cached: int | None, mask: Any = None) -> None:
+        """Take in a pass over ids [B, T], or embeddings [B, T, D].
+
+        Args:
+            cached: Columns before, None without a cache.
+            mask: 0 where there is padding, [B, cached + T]; anything of another shape says nothing.
+        """
         tokens = ids if ids is not None else embeds
         assert tokens is not None
         goes_on = bool(cached) and self.prompt > 0
@@ -139,6 +146,8 @@ class Columns:
             goes_on = goes_on and torch.equal(ids[:, :before], self.seen)
         self.rows, self.length = tokens.shape[:2]
         self.start = cached or 0
+        told = isinstance(mask, Tensor) and mask.shape == (self.rows, self.start + self.length)
+        self.real = mask.long().cumsum(-1)[:, self.start :] if told else None
         if not goes_on:
             self.prompt = self.start + self.length if self.given is None else self.given
             self.seen = ids if cached is None else None
@@ -159,7 +168,8 @@ def tracked_columns(model: nn.Module, prompt_length: int | None = None) -> Itera
         if ids is None and embeds is None:
             raise ValueError("The model was called without input_ids and inputs_embeds, so no position is known")
         cache = kwargs.get("past_key_values")
-        columns.note(ids, embeds, None if cache is None else int(cache.get_seq_length()))
+        cached = None if cache is None else int(cache.get_seq_length())
+        columns.note(ids, embeds, cached, kwargs.get("attention_mask"))
 
     handle = reader.register_forward_pre_hook(note, with_kwargs=True)
     try:

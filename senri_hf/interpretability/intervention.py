@@ -1,14 +1,14 @@
 """Interventions: what a model does when latents of one of its modules are other than they were."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from .hooks import Columns, replaced_output, tracked_columns
-from .sparse_autoencoder import SparseAutoencoder
+from .sparse_autoencoder import SparseAutoencoder, check_latents
 
 
 MODES = ("scale", "clamp", "add", "ablate", "patch")
@@ -19,14 +19,14 @@ class Edit:
     """What is done to latents.
 
     Args:
-        latents: Their indices, or one.
+        latents: Their indices, or one index.
         mode: `"scale"`: times `value`. `"clamp"`: set to `value`. `"add"`: plus `value`. `"ablate"`: set to 0.
             `"patch"`: set to what they were in another run, `value` [T, latents] or [B, T, latents] by column of the
             text; columns that it does not have are left as they are.
         value: A number, or a tensor [latents] with one for each, or the tensor of a patch; None for `"ablate"`.
     """
 
-    latents: int | Sequence[int]
+    latents: int | Sequence[int] | Tensor
     mode: str
     value: float | Tensor | None = None
 
@@ -54,7 +54,8 @@ class Edit:
     @property
     def indices(self) -> list[int]:
         """The latents, always as a list."""
-        return [self.latents] if isinstance(self.latents, int) else [int(latent) for latent in self.latents]
+        chosen = self.latents.tolist() if isinstance(self.latents, Tensor) else self.latents
+        return [int(latent) for latent in chosen] if isinstance(chosen, Iterable) else [int(chosen)]
 
     def apply(self, latents: Tensor, columns: Columns) -> Tensor:
         """New values [B, T, n] of this edit's latents [B, T, n]."""
@@ -89,7 +90,7 @@ def intervene(
     edits: Edit | Sequence[Edit],
     *,
     positions: Positions = "all",
-    rows: Sequence[int] | None = None,
+    rows: Sequence[bool] | Tensor | None = None,
     keep_error: bool = True,
     direction_seed: int | None = None,
     prompt_length: int | None = None,
@@ -107,8 +108,8 @@ def intervene(
         positions: Where: `"all"`; `"prompt"`; `"generated"`, the tokens that `generate()` feeds back; columns of the
             text, negative ones counted from the end of the prompt; or a bool tensor [B, T] over columns of the prompt.
             Padding counts as columns, as in `input_ids`.
-        rows: Rows of the prompt batch; all when None. Where `generate()` repeats rows (beams, return sequences), all
-            copies of a row are meant.
+        rows: For every row of the prompt batch whether it is edited; all are when None. Where `generate()` repeats rows
+            (beams, return sequences), that is said of all copies of a row.
         keep_error: Whether what the autoencoder does not explain stays; False puts dec(g) in the place of t.
         direction_seed: Of a random direction that the change of t gets in place of its own, at the same length: a
             control for what any change as large would do.
@@ -118,11 +119,8 @@ def intervene(
         ValueError: when a setting is of no use, at once; in the forward pass when the activations do not fit.
     """
     chosen = [edits] if isinstance(edits, Edit) else list(edits)
-    d_sae = sae.W_dec.shape[0]
     for edit in chosen:
-        for latent in edit.indices:
-            if not 0 <= latent < d_sae:
-                raise ValueError(f"Latent {latent} was named, but the autoencoder has latents 0 to {d_sae - 1}")
+        check_latents(edit.indices, sae)
     if isinstance(positions, str) and positions not in ("all", "prompt", "generated"):
         raise ValueError(
             f"positions={positions!r} was given, but they are 'all', 'prompt', 'generated', columns, or a bool tensor"
@@ -131,12 +129,15 @@ def intervene(
         raise ValueError(
             f"positions of {positions.dtype} {list(positions.shape)}: a bool tensor [rows, columns] is due"
         )
+    chosen_rows = None if rows is None else torch.as_tensor(rows)
+    if chosen_rows is not None and (chosen_rows.dtype != torch.bool or chosen_rows.dim() != 1):
+        raise ValueError(f"rows={rows!r} was given, but a bool for every row of the prompt batch is due")
     if module is None and sae.config.hook_name is None:
         raise ValueError("Name the module: the autoencoder does not know its own (config.hook_name is None)")
     place = module if module is not None else sae.config.hook_name
     assert place is not None
     direction = None if direction_seed is None else random_direction(sae.config.d_in, direction_seed)
-    where = Where(positions, None if rows is None else list(rows), sae.config.skip_positions)
+    where = Where(positions, chosen_rows, sae.config.skip_positions)
 
     with tracked_columns(model, prompt_length) as columns:
 
@@ -149,43 +150,43 @@ def intervene(
 
 @dataclass
 class Where:
-    """The tokens that are edited: positions and rows as `intervene` takes them, without the first `skip` columns."""
+    """The tokens that are edited: positions and rows as `intervene` takes them, without the first `skip` real ones."""
 
     positions: Positions
-    rows: list[int] | None
+    rows: Tensor | None
     skip: int
 
-    def mask(self, columns: Columns, device: torch.device) -> Tensor | None:
-        """[B, T] of the pass under way; None when it is everything."""
-        column = torch.arange(columns.start, columns.start + columns.length, device=device)
+    def chosen(self, columns: Columns) -> Tensor | None:
+        """[B or 1, T] of the pass under way, by positions and rows; None for all. On the CPU: no device waits."""
+        column = torch.arange(columns.start, columns.start + columns.length)
         if isinstance(self.positions, Tensor):
-            chosen = torch.zeros(columns.rows, columns.length, dtype=torch.bool, device=device)
-            given = expanded(self.positions.to(device), columns.rows, "positions")[:, columns.start :]
+            chosen = torch.zeros(columns.rows, columns.length, dtype=torch.bool)
+            given = expanded(self.positions.cpu(), columns.rows, "positions")[:, columns.start :]
             covered = min(given.shape[1], columns.length)
             chosen[:, :covered] = given[:, :covered]
         elif self.positions == "all":
-            chosen = torch.ones(columns.rows, columns.length, dtype=torch.bool, device=device)
+            if self.rows is None:
+                return None
+            chosen = torch.ones(1, columns.length, dtype=torch.bool)
         elif self.positions == "prompt":
-            chosen = (column < columns.prompt).expand(columns.rows, -1)
+            chosen = (column < columns.prompt)[None]
         elif self.positions == "generated":
-            chosen = (column >= columns.prompt).expand(columns.rows, -1)
+            chosen = (column >= columns.prompt)[None]
         else:
             wanted = [int(at) + columns.prompt if int(at) < 0 else int(at) for at in self.positions]
-            chosen = torch.isin(column, torch.tensor(wanted, device=device)).expand(columns.rows, -1)
+            chosen = torch.isin(column, torch.tensor(wanted, dtype=torch.long))[None]
         if self.rows is not None:
-            chosen = chosen & self._row_mask(columns.rows, device)[:, None]
-        if self.skip:
-            chosen = chosen & (column >= self.skip)
-        everything = self.positions == "all" if isinstance(self.positions, str) else False
-        return None if everything and self.rows is None and not self.skip else chosen
+            chosen = chosen & expanded(self.rows.cpu(), columns.rows, "rows")[:, None]
+        return chosen
 
-    def _row_mask(self, rows: int, device: torch.device) -> Tensor:
-        assert self.rows is not None
-        mask = torch.zeros(rows, dtype=torch.bool, device=device)
-        if any(not 0 <= row < rows for row in self.rows):
-            raise ValueError(f"rows={self.rows} were named, but the batch has rows 0 to {rows - 1}")
-        mask[self.rows] = True
-        return mask
+    def without_skipped(self, chosen: Tensor | None, columns: Columns, device: torch.device) -> Tensor | None:
+        """The same without the first `skip` real tokens of every row, on a device."""
+        chosen = None if chosen is None else chosen.to(device)
+        if not self.skip:
+            return chosen
+        order = torch.arange(columns.start + 1, columns.start + columns.length + 1)[None]
+        kept = (order if columns.real is None else columns.real).to(device) > self.skip
+        return kept if chosen is None else chosen & kept
 
 
 def expanded(given: Tensor, rows: int, what: str) -> Tensor:
@@ -193,7 +194,7 @@ def expanded(given: Tensor, rows: int, what: str) -> Tensor:
     if given.shape[0] == rows:
         return given
     if given.shape[0] == 0 or rows % given.shape[0]:
-        raise ValueError(f"The {what} have {given.shape[0]} rows, but the batch has {rows}")
+        raise ValueError(f"The {what} are of {given.shape[0]} rows, but the batch has {rows}")
     return given.repeat_interleave(rows // given.shape[0], dim=0)
 
 
@@ -207,33 +208,38 @@ def edited_activations(
     direction: Tensor | None,
 ) -> Tensor | None:
     """What takes the place of activations [B, T, d_in]; None where nothing is edited."""
-    if activations.device != sae.W_dec.device:
-        raise ValueError(
-            f"The activations are on {activations.device}, the autoencoder on {sae.W_dec.device}: move it with sae.to()"
-        )
     if activations.dim() != 3 or activations.shape[:2] != (columns.rows, columns.length):
         raise ValueError(
             f"The module returned {list(activations.shape)} where [{columns.rows}, {columns.length}, "
             f"{sae.config.d_in}] was expected: which of its tokens stand where cannot be told"
         )
-    mask = where.mask(columns, activations.device)
-    if mask is not None and not bool(mask.any()):
+    chosen = where.chosen(columns)
+    if chosen is not None and not bool(chosen.any()):
         return None
+    mask = where.without_skipped(chosen, columns, activations.device)
+    latents, change = edited_latents(sae, edits, activations, columns)
+    result = activations + change.to(activations.dtype) if keep_error else sae.decode(latents).to(activations.dtype)
+    if direction is not None:
+        length = (result - activations).norm(dim=-1, keepdim=True)
+        result = activations + length * direction.to(activations)
+    return result if mask is None else torch.where(mask[..., None], result, activations)
+
+
+def edited_latents(
+    sae: SparseAutoencoder, edits: list[Edit], activations: Tensor, columns: Columns
+) -> tuple[Tensor, Tensor]:
+    """The latents of activations [..., d_in] after edits, and what the edits add to the activations."""
+    if activations.device != sae.W_dec.device:
+        raise ValueError(
+            f"The activations are on {activations.device}, the autoencoder on {sae.W_dec.device}: move it with sae.to()"
+        )
     before = sae.encode(activations)
     after = before
     for edit in edits:
         after = after.clone()
         after[..., edit.indices] = edit.apply(after[..., edit.indices], columns)
-    if keep_error:
-        touched = sorted({latent for edit in edits for latent in edit.indices})
-        change = (after - before)[..., touched] @ sae.W_dec[touched] / sae.activation_scale
-        result = activations + change.to(activations.dtype)
-    else:
-        result = sae.decode(after).to(activations.dtype)
-    if direction is not None:
-        length = (result - activations).norm(dim=-1, keepdim=True)
-        result = activations + length * direction.to(activations)
-    return result if mask is None else torch.where(mask[..., None], result, activations)
+    touched = sorted({latent for edit in edits for latent in edit.indices})
+    return after, (after - before)[..., touched] @ sae.W_dec[touched] / sae.activation_scale
 
 
 def random_direction(width: int, seed: int) -> Tensor:

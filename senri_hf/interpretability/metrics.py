@@ -1,5 +1,6 @@
 """How well a sparse autoencoder explains activations, and how much of a model's predictions survive in it."""
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -50,7 +51,12 @@ def reconstruction_metrics(sae: SparseAutoencoder, activations: Iterable[Tensor]
 
 @torch.no_grad()
 def prediction_metrics(
-    model: nn.Module, module: str | nn.Module | None, sae: SparseAutoencoder, batches: Iterable[Batch]
+    model: nn.Module,
+    module: str | nn.Module | None,
+    sae: SparseAutoencoder,
+    batches: Iterable[Batch],
+    *,
+    run: Callable[[Batch], Any] | None = None,
 ) -> dict[str, float]:
     """What is left of a model's predictions when a module's output is replaced by its reconstruction.
 
@@ -58,17 +64,21 @@ def prediction_metrics(
     1 - KL_sae / KL_zero of the divergence from the model's own distribution. Positions that the autoencoder is not for
     (`config.skip_positions`) and padding stay as they are.
 
+    Args:
+        run: What to do with a batch instead of `model(**batch)`; gives an output with logits [B, T, V].
+
     Returns:
-        Cross-entropies and divergences in nats per token, and the two shares recovered.
+        Cross-entropies and divergences in nats per token, and the two shares recovered, NaN where zeros change nothing.
     """
     place = module if module is not None else sae.config.hook_name
     if place is None:
         raise ValueError("Name the module: the autoencoder does not know its own (config.hook_name is None)")
     sums = dict.fromkeys(("cross_entropy", "cross_entropy_sae", "cross_entropy_zero", "kl_sae", "kl_zero"), 0.0)
     count = 0
+    run = run or (lambda batch: model(**batch))
     for batch in batches:
         mask = real_positions(batch, sae.config.skip_positions)[..., None]
-        own = log_probabilities(model, batch)
+        own = log_probabilities(run, batch)
 
         def reconstructed(x: Tensor, mask: Tensor = mask) -> Tensor:
             return torch.where(mask.to(x.device), sae(x).reconstruction.to(x.dtype), x)
@@ -83,22 +93,23 @@ def prediction_metrics(
         sums["cross_entropy"] += cross_entropy(own, targets, predicted)
         for name, function in (("sae", reconstructed), ("zero", zeroed)):
             with replaced_output(model, place, function):
-                changed = log_probabilities(model, batch)
+                changed = log_probabilities(run, batch)
             sums[f"cross_entropy_{name}"] += cross_entropy(changed, targets, predicted)
             divergence = (own.exp() * (own - changed)).sum(-1)[:, :-1]
             sums[f"kl_{name}"] += float(divergence[predicted].double().sum())
     if not count:
         raise ValueError("There were no tokens to predict")
     found = {name: value / count for name, value in sums.items()}
-    worst = found["cross_entropy_zero"] - found["cross_entropy"]
-    found["cross_entropy_recovered"] = (found["cross_entropy_zero"] - found["cross_entropy_sae"]) / worst
-    found["kl_recovered"] = 1 - found["kl_sae"] / found["kl_zero"]
+    lost = found["cross_entropy_zero"] - found["cross_entropy"]
+    left = found["cross_entropy_zero"] - found["cross_entropy_sae"]
+    found["cross_entropy_recovered"] = left / lost if lost else math.nan
+    found["kl_recovered"] = 1 - found["kl_sae"] / found["kl_zero"] if found["kl_zero"] else math.nan
     return found
 
 
-def log_probabilities(model: Callable[..., Any], batch: Batch) -> Tensor:
+def log_probabilities(run: Callable[[Batch], Any], batch: Batch) -> Tensor:
     """[B, T, V] of the next token."""
-    return model(**batch).logits.float().log_softmax(-1)
+    return run(batch).logits.float().log_softmax(-1)
 
 
 def cross_entropy(log_probability: Tensor, targets: Tensor, predicted: Tensor) -> float:

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 
-MUTED = "0.6"
+MUTED = "0.5"
 
 
 def figure(rows: int = 1, columns: int = 1, width: float = 6.4, height: float = 4.0) -> tuple[Any, Any]:
@@ -54,7 +54,8 @@ def training_curves(
         steps, values = zip(*points, strict=True)
         axes.plot(steps, values, label=name)
     for name, value in (lines or {}).items():
-        axes.axhline(value, linestyle="--", color=MUTED, label=f"{name} {value:.4g}")
+        axes.axhline(value, linestyle="--", color=MUTED)
+        axes.annotate(f"{name}: {value:.4g}", (0.99, value), xycoords=("axes fraction", "data"), ha="right", va="top")
     if log:
         axes.set_yscale("log")
     axes.set(xlabel="step", ylabel=y_label)
@@ -128,17 +129,22 @@ def sparsity_frontier(points: dict[str, Sequence[tuple[float, float]]], path: st
 
 
 def dose_responses(found: dict[str, Any], path: str | Path, *, y_label: str, x_label: str | None = None) -> Path:
-    """What `dose_response` found: a panel for every group of latents, with its random latents and directions."""
+    """What `dose_response` found: a panel for every group of latents, with its random latents and directions.
+
+    Every control is a thin line, the mean of each sort a dashed one.
+    """
     drawing, (row,) = figure(1, len(found["groups"]), width=4.2, height=3.4)
     for axes in row[1:]:
         axes.sharey(row[0])
     for axes, (name, group) in zip(row, found["groups"].items(), strict=True):
         for kind, label, colour in (("controls", "random latents", MUTED), ("directions", "random directions", "C0")):
-            for index, control in enumerate(group[kind]):
-                axes.plot(found["doses"], control, color=colour, linewidth=0.8, label=label if index == 0 else None)
+            for control in group[kind]:
+                axes.plot(found["doses"], control, color=colour, linewidth=0.6, alpha=0.5)
+            mean = np.mean(group[kind], axis=0)
+            axes.plot(found["doses"], mean, color=colour, linewidth=2, linestyle="--", label=f"{label}, mean")
         axes.plot(found["doses"], group["values"], color="C3", marker="o", label=name)
         axes.axhline(found["base"], color="k", linewidth=0.6, linestyle=":")
-        axes.set(xlabel=x_label or f"dose ({found['mode']})", ylabel=y_label)
+        axes.set(xlabel=x_label or f"dose ({found['mode']})", ylabel=y_label if axes is row[0] else "")
         axes.legend(fontsize=8)
     return save(drawing, path)
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -75,7 +76,7 @@ def import_saelens(folder: str | Path) -> SparseAutoencoder:
     """Read an autoencoder that SAELens, or `export_saelens`, wrote.
 
     Raises:
-        ValueError: when it is of a kind that has no counterpart here, naming what.
+        ValueError: when it is damaged, or of a kind that has no counterpart here, naming what.
         OSError: when there is none.
     """
     folder = Path(folder)
@@ -89,7 +90,13 @@ def import_saelens(folder: str | Path) -> SparseAutoencoder:
     for name, known in (("normalize_activations", ("none",)), ("reshape_activations", ("none",))):
         if config.get(name, "none") not in known:
             raise ValueError(f"{folder} has {name}={config[name]!r}, which has no counterpart here")
-    tensors = load_file(folder / WEIGHTS_FILE)
+    for name in ("d_in", "d_sae"):
+        if not isinstance(config.get(name), int):
+            raise ValueError(f"{folder / CONFIG_FILE} is damaged: {name} is {config.get(name)!r}")
+    try:
+        tensors = load_file(folder / WEIGHTS_FILE)
+    except SafetensorError as error:
+        raise ValueError(f"{folder / WEIGHTS_FILE} is damaged: {error}") from error
     check_tensors(folder, architecture, config, tensors)
     ours = metadata.get("senri_hf") or {}
     sae = SparseAutoencoder(

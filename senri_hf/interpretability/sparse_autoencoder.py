@@ -16,6 +16,7 @@ where the loss is |x - x̂|², e = x - x̂ and ê its reconstruction by dead lat
 m = (x - b_dec) W_enc exp(r_mag) + b_mag. `sparse_autoencoder_reference` says the same one activation at a time.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,8 @@ from ..configuration.sparse_autoencoder import SparseAutoencoderConfig
 
 
 SMALLEST_NORM = 1e-8
+# Activations of which float64 copies are held at once.
+ROWS_AT_ONCE = 8192
 
 
 @dataclass
@@ -232,13 +235,18 @@ class SparseAutoencoder(PreTrainedModel):
             ValueError: when all of them are zero, or any is not finite.
         """
         self._check_width(activations)
-        activations = activations.flatten(0, -2).double()
-        square = activations.square().sum(-1).mean()
+        activations = activations.flatten(0, -2)
+        total = torch.zeros(self.config.d_in, dtype=torch.float64, device=activations.device)
+        square = total.new_zeros(())
+        for piece in activations.split(ROWS_AT_ONCE):
+            total += piece.double().sum(0)
+            square += piece.double().square().sum()
+        square, mean = square / len(activations), total / len(activations)
         if not bool(square > 0) or not bool(square.isfinite()):
             raise ValueError(f"The activations have a mean squared norm of {square.item()}: nothing can be fitted")
         scale = (self.config.d_in / square).sqrt()
         self.activation_scale.copy_(scale)
-        self.b_dec.copy_(activations.mean(0) * scale)
+        self.b_dec.copy_(mean * scale)
 
     @torch.no_grad()
     def point_at(self, activations: Tensor) -> None:
@@ -327,6 +335,14 @@ class SparseAutoencoder(PreTrainedModel):
         flat = latents.flatten(0, -2)
         self.silent_for.add_(flat.shape[0])
         self.silent_for.masked_fill_((flat > 0).any(0), 0)
+
+
+def check_latents(latents: Iterable[int], sae: SparseAutoencoder) -> None:
+    """ValueError when an autoencoder does not have all of these latents."""
+    count = sae.W_dec.shape[0]
+    for latent in latents:
+        if not 0 <= latent < count:
+            raise ValueError(f"Latent {latent} was named, but the autoencoder has latents 0 to {count - 1}")
 
 
 def keep_largest(values: Tensor, k: int) -> Tensor:

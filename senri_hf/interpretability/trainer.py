@@ -50,11 +50,9 @@ class SparseAutoencoderTrainingArguments(TrainingArguments):
             raise ValueError(f"max_steps={self.max_steps} was given, but a stream has no end: say how many steps")
         if self.directions not in ("random", "activations"):
             raise ValueError(f"directions={self.directions!r} was given, but it must be 'random' or 'activations'")
-        if self.sparsity_warmup_steps < 0 or self.find_dead_every < 1:
-            raise ValueError(
-                f"sparsity_warmup_steps={self.sparsity_warmup_steps} and find_dead_every={self.find_dead_every} were "
-                "given; they must be at least 0 and 1"
-            )
+        for name, least in (("sparsity_warmup_steps", 0), ("find_dead_every", 1), ("resample_every", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} was given, but {name} must be at least {least}")
 
 
 class SparseAutoencoderTrainer(Trainer):
@@ -88,11 +86,11 @@ class SparseAutoencoderTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
         if not resume_from_checkpoint:
             assert isinstance(self.args, SparseAutoencoderTrainingArguments)
-            sae, first = cast(SparseAutoencoder, self.model), self.stream.peek().to(self.args.device)
+            sae = cast(SparseAutoencoder, self.model)
             if self.args.fit_scale:
-                sae.fit_scale(first)
+                sae.fit_scale(self.stream.peek())
             if self.args.directions == "activations":
-                sae.point_at(first)
+                sae.point_at(self.stream.peek().to(self.args.device))
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def compute_loss(
@@ -149,6 +147,11 @@ class SparseAutoencoderTrainer(Trainer):
 
 class _KeepNorm(TrainerCallback):
     """Keeps the decoder's norms around every optimizer step, and looks for dead latents."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        model.find_dead()
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any

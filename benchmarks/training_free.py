@@ -1,18 +1,21 @@
 """Recall of memory without training: by policy and slots, beside the whole context, its text, and a trained adapter.
 
-    python benchmarks/training_free.py --model smollm2-135m-instruct --episodes 40 --seeds 2
+    python benchmarks/training_free.py --model smollm2-135m-instruct --budget-minutes 30
 
 Facts are told in as many conversations, others about other things may follow, and all facts are asked, each in a
 conversation of its own that starts from the same memory. The reply is begun for the model up to the value ("Your name
 is"), as a small base model otherwise declines to answer, and `generate()` goes on until the value would be there; every
-method gets the same start. Values and phrasings are of the validation split. Each row says how many minutes are left;
-what is done already is read from `--output`, so an interrupted run goes on where it stopped.
+method gets the same start. Values and phrasings are of the validation split.
+
+Every method has its turn at the first 25 episodes, then at the next, so that a run that ends early is a fair one of
+fewer episodes. What is done is read from `--output`: a run goes on where the last one ended. A memory that never had
+more tokens than a smaller one has slots for is what that one would have been; its answers count for both.
 """
 
 import argparse
+import copy
 import json
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch.nn.utils.rnn import pad_sequence
+from training_free_grid import BASELINES, DISTRACTORS, EPISODES, POLICIES, SEEDS, SLOTS, SUITES, cell, methods
 from training_free_page import write_page
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 
@@ -30,15 +34,8 @@ from senri_hf.training import ask, tell
 
 
 ROWS = 25
+COLUMNS_AT_ONCE = 60_000
 SLACK = 3  # tokens that may stand before a value or in it beyond those of the value itself
-SUITES: dict[str, dict[str, Any]] = {
-    "five facts": {"facts": 5, "questions": 5},
-    "names": {"relations": "name"},
-    "after a correction": {"facts": 3, "correction": True},
-}
-SLOTS = (64, 128, 256, 512, 1024)
-POLICIES = ("surprise", "recent", "random")
-BASELINES = ("no memory", "kept in context", "text prepended", "trained adapter")
 HEADING = "Here is what we talked about before:"
 
 
@@ -76,7 +73,8 @@ class ValueWouldBeThere(StoppingCriteria):
 
 def sentence_ends(tokenizer: Any) -> torch.Tensor:
     """Ids of the tokens that end a sentence or a line."""
-    ends = [i for i in range(len(tokenizer)) if any(mark in tokenizer.decode([i]) for mark in ".\n")]
+    marks = (".", "\n", "Ċ")  # the last is a line feed in vocabularies of bytes
+    ends = [i for piece, i in tokenizer.get_vocab().items() if any(mark in piece for mark in marks)]
     return torch.tensor([*ends, tokenizer.eos_token_id])
 
 
@@ -120,9 +118,32 @@ class Reader:
             past_key_values=cache,
             logits_to_keep=1,
         )
+        # As many questions at once as memory has room for.
+        columns = len(rows) * max(layer.keys.shape[2] for layer in cache.layers if layer.keys is not None)
+        group = min(each, max(1, COLUMNS_AT_ONCE // columns))
+        replies: list[list[str]] = [[] for _ in rows]
+        for index in range(0, each, group):
+            asked = [row[index : index + group] for row in rows]
+            wanted = [row[index : index + group] for row in values]
+            mine = copy.deepcopy(cache) if memory is None else cache.snapshot()
+            said = self.reply(mine, first, first_mask, asked, wanted)
+            for ours, more in zip(replies, said, strict=True):
+                ours += more
+        return replies
+
+    def reply(
+        self,
+        cache: Any,
+        first: torch.Tensor,
+        first_mask: torch.Tensor,
+        asked: list[list[list[int]]],
+        values: list[list[str]],
+    ) -> list[list[str]]:
+        """Replies to a few questions for every row, of which `first` is read already."""
+        each, start = len(asked[0]), first_mask.sum(1).tolist()
         cache.batch_repeat_interleave(each)
-        rest = [ids[start:] for row, start in zip(rows, starts, strict=True) for ids in row]
-        ids, mask = left_padded(rest, pad)
+        rest = [ids[known:] for row, known in zip(asked, start, strict=True) for ids in row]
+        ids, mask = left_padded(rest, self.tokenizer.pad_token_id)
         ids = torch.cat([first.repeat_interleave(each, 0), ids], dim=1)
         mask = torch.cat([first_mask.repeat_interleave(each, 0), mask], dim=1)
         lengths = [len(self.tokenizer(" " + v, add_special_tokens=False)["input_ids"]) for row in values for v in row]
@@ -138,75 +159,85 @@ class Reader:
         said = self.tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
         # What follows the first sentence is no answer any more.
         replies = [reply.split("\n")[0].split(".")[0] for reply in said]
-        return [replies[start : start + each] for start in range(0, len(replies), each)]
+        return [replies[index : index + each] for index in range(0, len(replies), each)]
 
 
 @dataclass(frozen=True)
 class Run:
-    """A row of the table to be: a method in a suite, asked after every number of distractors."""
+    """One method on one batch of episodes, asked after every number of distractors."""
 
     suite: str
     method: str
     settings: dict[str, Any] | None
     distractors: tuple[int, ...]
-    episodes: int
     seed: int
+    start: int
+    count: int
     free: bool  # whether replies that were not begun are scored too
 
-    def name(self, distractors: int) -> str:
-        return f"{self.suite}, {distractors} distractors" if distractors else self.suite
+    @property
+    def part(self) -> str:
+        """What the batch is called in the results."""
+        return f"seed {self.seed}, episodes {self.start} to {self.start + self.count - 1}"
+
+    def episodes(self) -> list[Episode]:
+        return recall_episodes(
+            self.start + self.count,
+            split="validation",
+            seed=self.seed,
+            distractors=max(DISTRACTORS),  # the same episodes, however many of these are told
+            **SUITES[self.suite],
+        )[self.start :]
 
 
-def methods(slots: list[int], policies: list[str]) -> dict[str, dict[str, Any] | None]:
-    """Memory settings by name; None for those without memory of ours."""
-    ours = {f"{policy}, {count} slots": {"policy": policy, "slots": count} for count in slots for policy in policies}
-    return {**dict.fromkeys(BASELINES), **ours}
-
-
-def batches(run: Run, split: str = "validation") -> Iterator[list[Episode]]:
-    episodes = recall_episodes(
-        run.episodes, split=split, seed=run.seed, distractors=max(run.distractors), **SUITES[run.suite]
-    )
-    for start in range(0, run.episodes, ROWS):
-        yield episodes[start : start + ROWS]
-
-
-def measure(reader: Reader, run: Run) -> dict[int, dict[str, Any]]:
+def measure(reader: Reader, run: Run, distractors: list[int]) -> dict[int, dict[str, Any]]:
     """What was recalled, by the number of distractors."""
-    adapted = run.method == "trained adapter"
-    remembers = adapted or run.settings is not None
+    batch = run.episodes()
+    remembers = run.method == "trained adapter" or run.settings is not None
+    memory = senri_hf.MemoryCache.for_model(reader.model, **run.settings or {}) if remembers else None
     found: dict[int, dict[str, Any]] = {}
-    for batch in batches(run):
-        settings = run.settings or {}
-        memory = senri_hf.MemoryCache.for_model(reader.model, **settings) if remembers else None
-        read = 0
-        for count in run.distractors:
-            until = len(batch[0].told) - max(run.distractors) + count
-            if memory is not None:
-                tell(reader.model, reader.tokenizer, [episode.told[read:until] for episode in batch], memory)
-            read = until
-            texts = [[text_of(reader.tokenizer, e, q, until, run.method) for q in e.questions] for e in batch]
-            values = [[question.answer for question in episode.questions] for episode in batch]
-            replies = reader.answer(texts, values, memory)
-            pairs = [
-                (q, r) for e, row in zip(batch, replies, strict=True) for q, r in zip(e.questions, row, strict=True)
-            ]
-            row = found.setdefault(count, {"right": [], "free": [], "bytes": 0.0, "said": []})
-            row["right"] += [score_reply(reply, question) for question, reply in pairs]
-            if run.free:
-                row["free"] += free_replies(reader, batch, memory)
-            row["bytes"] += kept(reader, batch, until, run.method, memory)
-            row["said"] += [[q.messages[-1]["content"], q.reply, reply] for q, reply in pairs[:3]]
-    for row in found.values():
-        right, free = row.pop("right"), row.pop("free")
-        row |= {
+    read, most = 0, 0
+    for count in distractors:
+        until = len(batch[0].told) - max(DISTRACTORS) + count
+        for index in range(read, until if memory is not None else read):
+            tell(reader.model, reader.tokenizer, [episode.told[index : index + 1] for episode in batch], memory)
+            most = max(most, slots_held(memory))
+        read = until
+        texts = [[text_of(reader.tokenizer, e, q, until, run.method) for q in e.questions] for e in batch]
+        values = [[question.answer for question in episode.questions] for episode in batch]
+        replies = reader.answer(texts, values, memory)
+        pairs = [(q, r) for e, row in zip(batch, replies, strict=True) for q, r in zip(e.questions, row, strict=True)]
+        right = [score_reply(reply, question) for question, reply in pairs]
+        free = free_replies(reader, batch, memory) if run.free else []
+        found[count] = {
             "recall": sum(right) / len(right),
             "answers": len(right),
+            "right": "".join(str(int(was)) for was in right),
             "free": sum(free) / len(free) if free else None,
+            "bytes": kept(reader, batch, until, run.method, memory) / len(batch),
+            "episodes": len(batch),
+            "most": most,
+            "said": [[q.messages[-1]["content"], q.reply, reply] for q, reply in pairs[:3]],
         }
-        row["bytes"] /= run.episodes
-        row |= {"episodes": run.episodes, "said": row["said"][:6]}
     return found
+
+
+def slots_held(memory: Any) -> int:
+    """The most tokens that any row of a memory without training holds."""
+    layer = memory.attention_memory
+    return 0 if layer is None else int(layer.slots.live.sum(1).max())
+
+
+def stands_for(recall: dict[str, Any], run: Run, distractors: int) -> dict[str, Any] | None:
+    """What a memory with more slots gave, where it never had more tokens than this one has slots for."""
+    if run.settings is None:
+        return None
+    for count in SLOTS:
+        larger = f"{run.settings['policy']}, {count} slots"
+        row = recall.get(cell(run.suite, distractors), {}).get(larger, {}).get(run.part)
+        if row is not None and row["most"] <= run.settings["slots"] < count:
+            return dict(row)
+    return None
 
 
 def free_replies(reader: Reader, batch: list[Episode], memory: Any) -> list[bool]:
@@ -237,32 +268,32 @@ def save(results: dict[str, Any], path: Path) -> None:
 
 
 def planned(args: argparse.Namespace) -> list[Run]:
-    """Every row that is asked for."""
+    """Everything that is asked for, in its order."""
     chosen = {
         name: settings
-        for name, settings in methods(args.slots, args.policies).items()
+        for name, settings in methods(tuple(args.slots), tuple(args.policies)).items()
         if settings is not None or name in args.baselines
     }
+    counts = tuple(sorted(args.distractors))
+    starts = range(0, args.episodes, ROWS)
     return [
-        Run(suite, method, settings, tuple(sorted(args.distractors)), args.episodes, seed, args.free)
+        Run(suite, method, settings, counts, seed, start, min(ROWS, args.episodes - start), args.free)
+        for start in starts
         for seed in range(args.seeds)
         for suite in args.suites
         for method, settings in chosen.items()
     ]
 
 
-def readers(args: argparse.Namespace) -> Iterator[tuple[Reader, list[Run]]]:
-    """The model with the rows that it has to run, and the one with the adapter, if its row is asked for."""
-    runs = planned(args)
-    groups = [[run for run in runs if (run.method == "trained adapter") == adapted] for adapted in (False, True)]
-    for adapted, group in enumerate(groups):
-        adapter = shipped_adapter(args.model)
-        if not group or (adapted and adapter is None):
-            continue
-        model, tokenizer = senri_hf.load_base(args.model, dtype=args.dtype)
-        if adapted:
-            model = PeftModel.from_pretrained(model, str(adapter))
-        yield Reader(model.eval(), tokenizer, sentence_ends(tokenizer)), group
+def load_reader(args: argparse.Namespace, adapted: bool) -> Reader | None:
+    """The model, with its shipped adapter or without one; None where there is no such adapter."""
+    adapter = shipped_adapter(args.model)
+    if adapted and adapter is None:
+        return None
+    model, tokenizer = senri_hf.load_base(args.model, dtype=args.dtype)
+    if adapted:
+        model = PeftModel.from_pretrained(model, str(adapter))
+    return Reader(model.eval(), tokenizer, sentence_ends(tokenizer))
 
 
 def main() -> None:
@@ -270,32 +301,39 @@ def main() -> None:
     add = parser.add_argument
     add("--model", default="smollm2-135m-instruct")
     add("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
-    add("--episodes", type=int, default=200)
-    add("--seeds", type=int, default=2)
+    add("--episodes", type=int, default=EPISODES)
+    add("--seeds", type=int, default=SEEDS)
     add("--suites", nargs="*", default=list(SUITES), choices=list(SUITES))
     add("--slots", nargs="*", type=int, default=list(SLOTS))
     add("--policies", nargs="*", default=list(POLICIES), choices=POLICIES)
     add("--baselines", nargs="*", default=list(BASELINES), choices=BASELINES)
-    add("--distractors", nargs="+", type=int, default=[0], help="asked after each of these numbers of them")
+    add("--distractors", nargs="+", type=int, default=list(DISTRACTORS), choices=DISTRACTORS)
+    add("--budget-minutes", type=float, default=float("inf"), help="begin nothing new after so many minutes")
     add("--free", action="store_true", help="score replies that are not begun, too")
     add("--output", type=Path, default=Path("docs/training_free.json"))
     args = parser.parse_args()
     results = json.loads(args.output.read_text()) if args.output.exists() else {}
     recall = results.setdefault("recall", {}).setdefault(args.model, {})
-    for reader, runs in readers(args):
-        todo = [
-            run
-            for run in runs
-            if any(str(run.seed) not in recall.get(run.name(n), {}).get(run.method, {}) for n in run.distractors)
-        ]
-        started = time.perf_counter()
-        for index, run in enumerate(todo):
-            for count, row in measure(reader, run).items():
-                recall.setdefault(run.name(count), {}).setdefault(run.method, {})[str(run.seed)] = row
-                print(f"{run.name(count):32s} {run.method:22s} {row['recall']:.3f} {row['free'] or ''}", flush=True)
-            save(results, args.output)
+    started = time.perf_counter()
+    readers: dict[bool, Reader | None] = {}
+    for run in planned(args):
+        if time.perf_counter() - started > 60 * args.budget_minutes:
+            break
+        missing = [n for n in run.distractors if run.part not in recall.get(cell(run.suite, n), {}).get(run.method, {})]
+        rows = {n: row for n in missing if (row := stands_for(recall, run, n)) is not None}
+        todo = [n for n in missing if n not in rows]
+        adapted = run.method == "trained adapter"
+        if todo and adapted not in readers:
+            readers[adapted] = load_reader(args, adapted)
+        reader = readers.get(adapted)
+        if todo and reader is not None:
+            rows |= measure(reader, run, todo)
+        for count, row in rows.items():
+            recall.setdefault(cell(run.suite, count), {}).setdefault(run.method, {})[run.part] = row
             minutes = (time.perf_counter() - started) / 60
-            print(f"  about {minutes / (index + 1) * (len(todo) - index - 1):.0f} minutes left", flush=True)
+            what = f"{run.part:26s} {cell(run.suite, count):32s} {run.method:20s}"
+            print(f"{minutes:5.1f} {what} {row['recall']:.3f}", flush=True)
+        save(results, args.output)
     write_page(results, args.output.parent)
 
 

@@ -2,7 +2,10 @@
 
 import re
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
+
+from training_free_grid import DISTRACTORS, EPISODES, SEEDS, SUITES, cell, methods
 
 
 MARKS = {"kept in context": "s", "text prepended": "^", "no memory": "x", "trained adapter": "*"}
@@ -47,36 +50,60 @@ def recall_table(suites: dict[str, Any]) -> list[str]:
     return lines
 
 
+def difference(ours: dict[str, dict[str, Any]], theirs: dict[str, dict[str, Any]]) -> tuple[float, float]:
+    """How much more of the episodes that both had is recalled, and the half width of its 95% interval."""
+    gains: list[float] = []
+    for part in ours.keys() & theirs.keys():
+        each = ours[part]["answers"] // ours[part]["episodes"]
+        pairs = list(zip(ours[part]["right"], theirs[part]["right"], strict=True))
+        episodes = (pairs[start : start + each] for start in range(0, len(pairs), each))
+        gains += [sum(int(a) - int(b) for a, b in episode) / each for episode in episodes]
+    spread = stdev(gains) if len(gains) > 1 else float("inf")
+    return mean(gains), 1.96 * spread / len(gains) ** 0.5
+
+
+def verdict(ours: dict[str, dict[str, Any]], theirs: dict[str, dict[str, Any]], other: str) -> str:
+    gain, width = difference(ours, theirs)
+    said = "better than" if gain > width else "worse than" if gain < -width else "not told apart from"
+    return f"{said} {other} ({100 * gain:+.0f} ± {100 * width:.0f} points)"
+
+
 def comparisons(suites: dict[str, Any]) -> list[str]:
     """Surprise beside recent and random at the same number of slots, and beside the whole context at a third of it."""
     lines = []
     for suite, found in suites.items():
         said = []
-        shares = {method: pooled(runs)[0] for method, runs in found.items()}
-        for method in sorted(found, key=order):
+        context = found.get("kept in context")
+        for method, runs in sorted(found.items(), key=lambda item: order(item[0])):
             if not method.startswith("surprise"):
                 continue
-            others = {policy: shares.get(method.replace("surprise", policy)) for policy in ("recent", "random")}
-            known = {policy: share for policy, share in others.items() if share is not None}
-            for beaten, verb in ((True, "beats"), (False, "does not beat")):
-                named = [f"{p} ({share:.1%})" for p, share in known.items() if (shares[method] > share) == beaten]
-                if named:
-                    said.append(f"{method} ({shares[method]:.1%}) {verb} {' and '.join(named)}")
-        context = found.get("kept in context")
-        if context is not None:
-            share, size = shares["kept in context"], size_of(context)
-            small = {m: r for m, r in found.items() if m.startswith("surprise") and size_of(r) <= size / 3}
-            if small:
-                best = max(small, key=lambda method: shares[method])
-                ours = shares[best]
-                verdict = "as good or better" if ours >= share else "worse"
-                said.append(
-                    f"at no more than a third of the whole context's bytes {best} recalls {ours:.1%} where the whole "
-                    f"context gives {share:.1%}: {verdict}"
-                )
+            others = {policy: found.get(method.replace("surprise", policy)) for policy in ("recent", "random")}
+            verdicts = [verdict(runs, theirs, policy) for policy, theirs in others.items() if theirs]
+            if context is not None:
+                share = size_of(runs) / size_of(context)
+                verdicts.append(verdict(runs, context, f"the whole context, with {share:.0%} of its bytes"))
+            said += [f"  - {method}: {', '.join(verdicts)}"] if verdicts else []
         if said:
-            lines.append(f"- {suite}: " + "; ".join(said) + ".")
+            lines += [f"- {suite}:", *said]
     return lines
+
+
+def not_run(found: dict[str, Any]) -> list[str]:
+    """What of the whole grid is missing."""
+    cells = [(cell(suite, count), method) for suite in SUITES for count in DISTRACTORS for method in methods()]
+    episodes = {
+        place: sum(run["episodes"] for run in found.get(place[0], {}).get(place[1], {}).values()) for place in cells
+    }
+    begun = [count for count in episodes.values() if count]
+    whole = sum(count == EPISODES * SEEDS for count in begun)
+    if not begun or whole == len(cells):
+        return []
+    return [
+        f"Of the {len(cells)} cells of the grid ({len(SUITES)} suites, {len(methods())} methods, "
+        f"{', '.join(map(str, DISTRACTORS))} distractors) {len(begun)} were run, on {min(begun)} to {max(begun)} "
+        f"episodes each; the grid asks for {EPISODES} and {SEEDS} seeds of them, which {whole} cells have.",
+        "",
+    ]
 
 
 def plot_recall(suites: dict[str, Any], path: Path) -> None:
@@ -85,27 +112,32 @@ def plot_recall(suites: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(suites), figsize=(4.2 * len(suites), 3.8), sharey=True, squeeze=False)
-    for axis, (suite, found) in zip(axes[0], suites.items(), strict=True):
-        for policy, colour in COLOURS.items():
-            points = sorted((size_of(r) / 1000, pooled(r)[0]) for m, r in found.items() if m.startswith(policy))
-            if points:
-                axis.plot(*zip(*points, strict=True), marker="o", color=colour, label=policy)
-        for method, mark in MARKS.items():
-            if method in found:
-                runs = found[method]
-                axis.plot(size_of(runs) / 1000, pooled(runs)[0], mark, color="black", label=method, linestyle="none")
-        axis.set_title(suite, fontsize=10)
+    rows = [suite for suite in SUITES if any(cell(suite, count) in suites for count in DISTRACTORS)]
+    counts = [count for count in DISTRACTORS if any(cell(suite, count) in suites for suite in SUITES)]
+    size = (4.2 * len(counts) + 0.6, 3.2 * len(rows) + 0.4)
+    figure, axes = plt.subplots(len(rows), len(counts), figsize=size, sharey=True, squeeze=False, layout="constrained")
+    for suite, line in zip(rows, axes, strict=True):
+        for count, axis in zip(counts, line, strict=True):
+            found = suites.get(cell(suite, count), {})
+            for policy, colour in COLOURS.items():
+                points = sorted((size_of(r) / 1000, pooled(r)[0]) for m, r in found.items() if m.startswith(policy))
+                if points:
+                    axis.plot(*zip(*points, strict=True), marker="o", color=colour, label=policy)
+            for method, mark in MARKS.items():
+                if method in found:
+                    runs = found[method]
+                    axis.plot(size_of(runs) / 1000, pooled(runs)[0], mark, color="black", label=method, ls="none")
+            axis.set_title(cell(suite, count), fontsize=10)
+            axis.grid(alpha=0.3)
+        line[0].set_ylabel("right answers")
+    for axis in axes[-1]:
         axis.set_xlabel("kB kept per person")
-        axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("right answers")
     unique: dict[str, Any] = {}
-    for axis in axes[0]:
+    for axis in axes.flat:
         handles, labels = axis.get_legend_handles_labels()
         unique |= dict(zip(labels, handles, strict=True))
-    axes[0][0].legend(unique.values(), unique.keys(), fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.legend(unique.values(), unique.keys(), fontsize=8, loc="outside right upper")
+    figure.savefig(path, dpi=100)
     plt.close(figure)
 
 
@@ -172,11 +204,12 @@ def write_page(results: dict[str, Any], folder: Path) -> None:
                 "",
                 "### Recall",
                 "",
-                "`python benchmarks/training_free.py`, values and phrasings of validation.",
+                f"`python benchmarks/training_free.py --model {model}`, values and phrasings of validation.",
                 "",
             ]
+            lines += not_run(recall)
             lines += [f"![recall against bytes](training-free-{model}.png)", "", *recall_table(recall)]
-            lines += ["", "Held against what is promised:", "", *comparisons(recall)]
+            lines += ["", "Held against each other, episode by episode, with 95% intervals:", "", *comparisons(recall)]
             plot_recall(recall, folder / f"training-free-{model}.png")
         if sweep:
             lines += ["", "### What to keep", ""]

@@ -264,6 +264,7 @@ def said(surprise: list[float], **columns: Any) -> Said:
             "surprise": torch.tensor([surprise]),
             "written": torch.ones(1, count, dtype=torch.bool),
             "same": torch.full((1, count), -1),
+            "read": torch.zeros(1, 1),
             **columns,
         }
     )
@@ -336,6 +337,16 @@ def check_min_surprise() -> None:
     assert kept(said(A), said(B), min_surprise=2.5, decay_rate=0.3) == [1, 3, 4, 5, 7]
 
 
+def check_read_gain() -> None:
+    """What is read stays."""
+    read = torch.tensor([[2.0, 0.0]])
+    assert kept(said(A), said(B, read=read), slots=2, read_gain=0.0) == [1, 3]
+    assert kept(said([9.0, 8.0]), said([8.5]), slots=2, read_gain=0.0) == [0, 2]
+    assert kept(said([9.0, 8.0]), said([8.5], read=read.flip(1)), slots=2, read_gain=1.0) == [0, 1]
+    held = after([said([9.0, 8.0]), said([8.5], read=read)], read_gain=3.0, decay_rate=0.5)
+    assert held.importance.tolist() == [[7.5, 4.0, 8.5]]
+
+
 def check_sharpness() -> None:
     """The scores of remembered tokens are so many times as high."""
     model, queries = MODELS["llama"], torch.randn(1, 2, 5, 8, generator=torch.Generator().manual_seed(0))
@@ -363,6 +374,7 @@ def check_merge_similarity() -> None:
             torch.full((1, 3), 5.0),
             torch.ones(1, 3, dtype=torch.bool),
             torch.tensor([[1, -1, 2]]),
+            torch.zeros(1, 1),
         )
         slots, _ = consolidate(layer.slots, again, layer.config)
         assert slots.size == first + 1 and slots.importance[0, 1] >= 5 and slots.importance[0, 2] >= 5
@@ -424,6 +436,111 @@ def test_decay_forgets_in_the_end() -> None:
     layer = memory.attention_memory
     assert layer is not None and layer.slots is not None
     assert layer.slots.number.tolist() == [[0, 1]] and memory.layers[0].columns == 2
+
+
+@every_architecture
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@torch.no_grad()
+def test_attention_to_memory_is_the_models_own(arch: str, attention: str) -> None:
+    """Of the middle layer, mean over heads; the same piece by piece, and of no account where nothing is written."""
+    model, ids = copy.deepcopy(MODELS[arch]), tokens(2, 9, seed=8)
+    model.set_attn_implementation(attention)
+    before = remembering(model, rows=2)
+    length = before.layers[0].columns
+    reference = copy.deepcopy(model)
+    reference.set_attn_implementation("eager")
+    weights = reference(
+        input_ids=ids, past_key_values=remembering(reference, rows=2), output_attentions=True
+    ).attentions
+    expected = weights[len(weights) // 2][..., :length].mean(1)
+    for pieces in (None, [1], [4, 2]):
+        memory = before.snapshot()
+        feed(model, memory, ids, pieces)
+        layer = memory.attention_memory
+        assert layer is not None
+        assert_close(torch.cat([columns.read for columns in layer.said], dim=1), expected)
+    with before.read_only():
+        feed(model, before, ids)
+    assert before.attention_memory is not None
+    assert not before.attention_memory.said[0].read.any()
+
+
+@torch.no_grad()
+def test_attention_is_watched_no_longer_than_it_lasts() -> None:
+    """Even when a pass fails."""
+    model = copy.deepcopy(MODELS["llama"])
+    memory = remembering(model)
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    projection = model.model.layers[len(model.model.layers) // 2].self_attn.o_proj
+    for error in (RuntimeError(), KeyboardInterrupt()):
+        hook = projection.register_forward_hook(fail)
+        with pytest.raises(type(error)):
+            feed(model, memory.snapshot(), tokens(1, 4))
+        hook.remove()
+    feed(model, memory, tokens(1, 4))
+    assert not torch.overrides._get_current_function_mode_stack()
+
+
+# A text has one beginning.
+
+
+def opened(count: int, length: int, seed: int) -> torch.Tensor:
+    """Conversations that open with the token with which texts begin."""
+    ids = tokens(count, length, seed=seed)
+    ids[ids == START] = START + 1
+    ids[:, 0] = START
+    return ids
+
+
+START = 1
+
+
+@every_architecture
+@pytest.mark.parametrize("pieces", [None, [1], [3, 2]], ids=str)
+@torch.no_grad()
+def test_a_later_conversation_begins_no_new_text(arch: str, pieces: list[int] | None) -> None:
+    """Its opening token, with which memory begins already, is passed by."""
+    model = tiny_model(arch, bos_token_id=START)
+    told, asked = opened(2, 7, seed=4), opened(2, 6, seed=5)
+    memory = blank(model, policy="all", slots=7)
+    feed(model, memory, told)
+    memory.clear_context()
+    ours = feed(model, memory, asked, pieces)[:, 1:]
+    ids = torch.cat([told, asked], dim=1)
+    mask = torch.ones_like(ids)
+    mask[:, 7] = 0
+    whole = model(input_ids=ids, attention_mask=mask, position_ids=torch.arange(13)[None].expand(2, -1)).logits[:, 8:]
+    assert_close(ours, whole, "logits")
+    assert memory.tokens_seen.tolist() == [12, 12]
+
+
+@torch.no_grad()
+def test_only_a_beginning_that_memory_holds_is_passed_by() -> None:
+    """Row by row, and wherever padding is."""
+    model = tiny_model("llama", bos_token_id=START)
+    told = torch.cat([opened(1, 7, seed=4), tokens(1, 7, seed=4) + 1])
+    memory = blank(model)
+    feed(model, memory, told)
+    memory.clear_context()
+    asked = opened(2, 6, seed=5)
+    asked[:, 3] = START
+    padded = torch.cat([torch.zeros(2, 2, dtype=torch.long), asked], dim=1)
+    mask = torch.ones_like(padded)
+    mask[:, :2] = 0
+    feed(model, memory, padded, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp_min(0))
+    layer = memory.attention_memory
+    assert layer is not None and layer.slots is not None
+    assert layer.said[0].repeated.nonzero().tolist() == [[0, 2]]
+    alone = memory.select_rows([0])
+    alone.clear_context()
+    layer = alone.attention_memory
+    assert layer is not None and layer.slots is not None
+    layer.forget_slots(layer.slots.number == 0)
+    feed(model, alone, asked[:1])
+    assert not layer.said[0].repeated.any()
 
 
 # What a person sees.

@@ -13,7 +13,8 @@ POLICIES = ("surprise", "recent", "random", "all")
 class AttentionMemoryConfig:
     """What is kept of a conversation's keys and values, and for how long.
 
-    The importance of a token is its surprise, -log p under the model in nats, less with every conversation that passes.
+    The importance of a token is its surprise, -log p under the model in nats, less with every conversation that passes
+    and more when it is read.
 
     Args:
         slots: Tokens that memory holds at most.
@@ -26,6 +27,8 @@ class AttentionMemoryConfig:
             only the first surprises.
         sinks: The first tokens of a memory's life, which stay for good: attention needs somewhere to rest.
         decay_rate: Factor in (0, 1] on every importance, once per conversation boundary.
+        read_gain: What a token's importance gains, in nats, when the whole attention of one token of a conversation
+            goes to it, in the middle layer and as a mean over heads: what is read stays.
         min_importance: A token less important than this, in nats, is forgotten.
         merge_similarity: Cosine similarity of values from which on a token is the same as a stored one with the same
             id; the stored one then becomes as important as the new one, which is not stored again. Above 1 nothing is.
@@ -41,6 +44,7 @@ class AttentionMemoryConfig:
     span: int = field(default=1, metadata={"help": "Tokens after a surprising one that go with it."})
     sinks: int = field(default=4, metadata={"help": "First tokens of all, which stay for good."})
     decay_rate: float = field(default=0.99, metadata={"help": "Importance retained per conversation boundary."})
+    read_gain: float = field(default=1.0, metadata={"help": "Nats of importance per token's attention when read."})
     min_importance: float = field(default=0.05, metadata={"help": "Less important tokens are forgotten."})
     merge_similarity: float = field(default=0.95, metadata={"help": "Cosine from which a token is a stored one."})
     sharpness: float | None = field(default=None, metadata={"help": "Factor on the scores of remembered tokens."})
@@ -59,6 +63,7 @@ class AttentionMemoryConfig:
             ("keep_share", 0.0, 1.0),
             ("decay_rate", 0.0, 1.0),
             ("min_surprise", 0.0, infinity),
+            ("read_gain", 0.0, infinity),
             ("min_importance", 0.0, infinity),
             ("merge_similarity", -1.0, infinity),
             ("sharpness", 0.0, infinity),

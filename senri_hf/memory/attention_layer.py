@@ -20,6 +20,7 @@ from .surprise import token_surprise
 
 
 ADAPTER_NAME = "attention"
+CHUNKS = 64
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,9 @@ class Columns(RowState):
     position: Tensor  # [B, T] int64
     real: Tensor  # [B, T] bool
     written: Tensor  # [B, T] bool
+    repeated: Tensor  # [B, T] bool, the beginning of a text where memory holds one: attention passes it by
     hidden: Tensor  # [B, T, D] the model's last hidden states
+    read: Tensor  # [B, T, M] float32, the attention that each slot got
 
 
 class AttentionMemoryLayer(MemoryLayer):
@@ -67,6 +70,22 @@ class AttentionMemoryLayer(MemoryLayer):
     def bind(self, layers: list[Any]) -> None:
         self.attention = [layer for layer in layers if isinstance(layer, KeyValueLayer)]
 
+    @property
+    def memory_length(self) -> int:
+        """Columns of memory that attention sees."""
+        return 0 if self.slots is None else self.slots.size
+
+    @property
+    def context_length(self) -> int:
+        """Columns of the open conversation so far."""
+        return sum(chunk.token.shape[1] for chunk in self.said)
+
+    @property
+    def watches_attention(self) -> bool:
+        """Whether it matters how much of its attention the pass under way gives to memory."""
+        matters = self.config.policy == "surprise" and self.config.read_gain > 0
+        return matters and self.memory_length > 0 and not self.is_read_only
+
     # The open conversation.
 
     def note(self, columns: Columns) -> None:
@@ -75,9 +94,11 @@ class AttentionMemoryLayer(MemoryLayer):
         if self.slots is None:
             self.slots = Slots.empty(columns.token.shape[0], 0, columns.token.device)
         self.said, self.coming = (*self.said, columns), None
+        if len(self.said) > CHUNKS:  # one per token of a reply
+            self.said = (join(self.said),)
 
     def rollback(self, tokens: int) -> None:
-        held = sum(chunk.token.shape[1] for chunk in self.said)
+        held = self.context_length
         if tokens > held:
             raise ValueError(f"{tokens} tokens are to be taken back, but the open conversation has {held}")
         chunks = list(self.said)
@@ -103,7 +124,8 @@ class AttentionMemoryLayer(MemoryLayer):
         if not self.said:
             return self.slots, [self._memory_of(layer) for layer in self.attention]
         columns = join(self.said)
-        said = Said(columns.token, self._surprise(columns), columns.written, self._same(columns))
+        read = (columns.read * columns.written[..., None]).sum(1)
+        said = Said(columns.token, self._surprise(columns), columns.written, self._same(columns), read)
         slots, source = consolidate(self.slots, said, self.config)
         return slots, [
             None if layout is None else self._gather(layer, layout, source, columns.position)
@@ -178,27 +200,44 @@ class AttentionMemoryLayer(MemoryLayer):
 
     # What attention is told.
 
-    def widen(self, mask: Tensor | None, columns: int) -> Tensor | None:
+    def repeats(self, ids: Tensor, real: Tensor, start_ids: tuple[int, ...]) -> Tensor:
+        """[B, T] the tokens that begin the conversation's text as memory begins, with one of `start_ids`.
+
+        Models take such a token for the end of all that was before. Memory and conversation are one text, which has
+        one beginning.
+        """
+        slots = self.slots
+        if slots is None or not slots.size or not start_ids:
+            return torch.zeros_like(real)
+        begun = torch.stack([chunk.real.any(1) for chunk in self.said]).any(0) if self.said else real.new_zeros(())
+        # Of a run of them all go.
+        starts = torch.isin(ids, torch.tensor(start_ids, device=ids.device))
+        first = ((real & ~starts).cumsum(1) == 0) & real & ~begun[..., None]
+        held = (slots.live & (slots.number == 0))[:, None] & (slots.token[:, None] == ids[..., None])
+        return first & starts & held.any(-1)
+
+    def widen(self, mask: Tensor | None, coming: Columns) -> Tensor | None:
         """An attention mask with memory's columns before the context's.
 
         Args:
             mask: [B, ctx + T], or [B, 1, T, ctx + T] of any kind; None where everything is seen.
-            columns: ctx + T.
+            coming: The T columns of the pass.
         """
         slots = self.slots
         if slots is None or not slots.size:
             return mask
+        passed_by = torch.cat([chunk.repeated for chunk in (*self.said, coming)], dim=1)
+        seen = torch.cat([slots.live, ~passed_by], dim=1)
         if mask is None:
-            if bool(slots.live.all()):
-                return None
-            mask = slots.live.new_ones(slots.live.shape[0], columns)
+            return None if bool(seen.all()) else seen
         if mask.dim() == 2:
-            return torch.cat([slots.live.to(mask.dtype), mask], dim=1)
-        seen = slots.live[:, None, None].expand(-1, mask.shape[1], mask.shape[2], -1)
+            return torch.cat([seen[:, : slots.size].to(mask.dtype), mask * seen[:, slots.size :]], dim=1)
+        seen = seen[:, None, None].expand(-1, mask.shape[1], mask.shape[2], -1)
+        mask = mask.expand(seen.shape[0], -1, -1, -1)
         if mask.dtype == torch.bool:
-            return torch.cat([seen, mask.expand(seen.shape[0], -1, -1, -1)], dim=-1)
-        added = torch.zeros_like(seen, dtype=mask.dtype).masked_fill(~seen, torch.finfo(mask.dtype).min)
-        return torch.cat([added, mask.expand(seen.shape[0], -1, -1, -1)], dim=-1)
+            return torch.cat([seen[..., : slots.size], mask & seen[..., slots.size :]], dim=-1)
+        mask = torch.nn.functional.pad(mask, (slots.size, 0))
+        return mask.masked_fill(~seen, torch.finfo(mask.dtype).min)
 
     # The rest of a memory's life.
 

@@ -55,6 +55,7 @@ class Said(RowState):
     surprise: Tensor  # [B, T] float32
     written: Tensor  # [B, T] bool
     same: Tensor  # [B, T] int64, the slot that holds the same already; -1 for none
+    read: Tensor  # [B, M] float32, the attention that each slot got, in tokens' whole attention
 
 
 def consolidate(slots: Slots, said: Said, config: AttentionMemoryConfig) -> tuple[Slots, Tensor]:
@@ -79,7 +80,8 @@ def consolidate(slots: Slots, said: Said, config: AttentionMemoryConfig) -> tupl
         tokens=slots.tokens + written.sum(1),
         conversations=slots.conversations + happened.long(),
     )
-    old = pass_cycles(slots, happened.long(), config)
+    old = replace(slots, importance=slots.importance + config.read_gain * said.read)
+    old = pass_cycles(old, happened.long(), config)
     old = reinforce(old, new, said.same)
     unknown = written
     if config.policy == "surprise":

@@ -1,4 +1,4 @@
-"""How a model without an adapter tells its memory what was said, and attention where memory is: two hooks.
+"""How a model without an adapter tells its memory what was said and read, and attention where memory is: by hooks.
 
 They are functions of this module, so that a model with them can be copied and pickled, and find everything in the cache
 of the pass: a pass with another cache, or none, is left as it is.
@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from .attention_layer import AttentionMemoryLayer, Columns
+from .attention_mass import AttentionMass, attention_modules, start_watching, stop_watching
 from .decoder import find_decoder, named_arguments
 from .real_tokens import padding_after_end, real_tokens
 
@@ -21,21 +22,27 @@ def observe(model: PreTrainedModel) -> None:
     """Put the hooks on a model's decoder, once."""
     decoder: Any = find_decoder(model)
     if not hasattr(decoder, "attention_memory_ends"):
-        config = model.config.get_text_config(decoder=True)
-        generation = getattr(model, "generation_config", None)
-        ends = getattr(generation, "eos_token_id", None)
-        ends = config.eos_token_id if ends is None else ends
-        pad = getattr(generation, "pad_token_id", None)
-        decoder.attention_memory_pad = config.pad_token_id if pad is None else pad
-        decoder.attention_memory_ends = (
-            tuple(ends) if isinstance(ends, (list, tuple)) else () if ends is None else (ends,)
-        )
+        decoder.attention_memory_pad = next(iter(special_ids(model, "pad")), None)
+        decoder.attention_memory_ends = special_ids(model, "eos")
+        decoder.attention_memory_starts = special_ids(model, "bos")
         # Before other hooks: they are to see the mask that attention gets.
         decoder.register_forward_pre_hook(show_memory, with_kwargs=True, prepend=True)
         decoder.register_forward_hook(note_tokens, with_kwargs=True)
+        watched = attention_modules(decoder)
+        if watched:
+            middle = watched[len(watched) // 2]  # as where tokens are held to be the same
+            middle.register_forward_pre_hook(watch_attention, with_kwargs=True)
+            middle.register_forward_hook(note_attention, with_kwargs=True, always_call=True)
 
 
-def memory_of(given: dict[str, Any]) -> tuple[Any, AttentionMemoryLayer | None]:
+def special_ids(model: PreTrainedModel, kind: str) -> tuple[int, ...]:
+    """The ids of a kind (`bos`, `eos`, `pad`) that generation goes by."""
+    configs = getattr(model, "generation_config", None), model.config.get_text_config(decoder=True)
+    known = [ids for config in configs if (ids := getattr(config, f"{kind}_token_id", None)) is not None]
+    return () if not known else tuple(known[0]) if isinstance(known[0], (list, tuple)) else (known[0],)
+
+
+def memory_of(given: dict[Any, Any]) -> tuple[Any, AttentionMemoryLayer | None]:
     """The pass's cache, and the attention memory in it."""
     cache: Any = next((value for value in given.values() if isinstance(value, Cache)), None)
     layers = getattr(cache, "memory_layers", ())
@@ -62,7 +69,7 @@ def show_memory(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
             "memory with policy='recent'"
         )
     layer.coming = what_comes(decoder, layer, given, tokens, cache.get_seq_length())
-    wide: Any = layer.widen(mask, cache.get_seq_length() + tokens.shape[1])
+    wide: Any = layer.widen(mask, layer.coming)
     if wide is mask:
         return None
     slides = any(attention.is_sliding for attention in layer.attention)
@@ -78,6 +85,8 @@ def what_comes(decoder: Any, layer: AttentionMemoryLayer, given: dict[str, Any],
     if ids is not None and decoder.attention_memory_pad is not None:
         last = layer.said[-1].token[:, -1:] if layer.said else None
         real = real & ~padding_after_end(ids, last, decoder.attention_memory_pad, decoder.attention_memory_ends)
+    repeated = torch.zeros_like(real) if ids is None else layer.repeats(ids, real, decoder.attention_memory_starts)
+    real = real & ~repeated
     position = given.get("position_ids")
     if position is None:
         position = torch.arange(start, start + tokens.shape[1], device=tokens.device)[None]
@@ -86,7 +95,9 @@ def what_comes(decoder: Any, layer: AttentionMemoryLayer, given: dict[str, Any],
         position=position.expand(tokens.shape[0], -1).to(torch.long),
         real=real,
         written=torch.zeros_like(real) if layer.is_read_only else real,
+        repeated=repeated,
         hidden=tokens.new_zeros(*real.shape, 0),
+        read=torch.zeros(*real.shape, layer.memory_length, device=real.device),
     )
 
 
@@ -126,3 +137,19 @@ def note_tokens(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     if layer is not None and layer.coming is not None:
         hidden: Tensor = output[0] if isinstance(output, tuple) else output.last_hidden_state
         layer.note(replace(layer.coming, hidden=hidden.detach()))
+
+
+def watch_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Before attention in the middle of the model: watch how much of it goes to memory."""
+    _, layer = memory_of(dict(enumerate(args)) | kwargs)
+    if layer is not None and layer.coming is not None and layer.watches_attention:
+        count, length = layer.coming.read.shape[1:]
+        start_watching(AttentionMass(count, length + layer.context_length + count, length))
+
+
+def note_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    """After it, also when it raised an exception."""
+    _, layer = memory_of(dict(enumerate(args)) | kwargs)
+    found = stop_watching()
+    if layer is not None and layer.coming is not None and found is not None:
+        layer.coming = replace(layer.coming, read=found)

@@ -55,6 +55,8 @@ class AttentionMass(TorchFunctionMode):
     ) -> Tensor | None:
         if query.dim() != 4 or key.shape[2] != self.columns or is_causal:
             return None
+        if attn_mask is not None and attn_mask.dim() != 4:
+            return None
         key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         found = []

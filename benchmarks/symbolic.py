@@ -9,6 +9,7 @@ an environment that has both.
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -110,7 +111,7 @@ def language_model() -> dict[str, Any]:
 
 def memory(adapter: Path) -> dict[str, Any]:
     """Autoencoders of what a memory adapter reads, and recall without the latents of a kind of fact."""
-    found = result_of(WORK / "memory", READS, "--adapter", str(adapter))
+    found = result_of(WORK / "memory", READS, "--adapter", os.path.relpath(adapter, ROOT))
     keep_figures("memory", WORK / "memory")
     return found
 

@@ -201,22 +201,45 @@ def saelens_section(found: dict[str, Any]) -> list[str]:
 
 
 def memory_section(found: dict[str, Any]) -> list[str]:
-    settings = found["settings"]
-    kinds, readers = settings["kinds"], len(found["autoencoders"])
+    settings, readers = found["settings"], [place.split(".memory")[0] for place in found["readers"]]
+    kinds = [kind.replace("_", " ") for kind in settings["kinds"]]
     lines = [
-        f"`python examples/memory_reads/ablate_facts.py --adapter …`, {settings['test_people']} people; "
-        f"{settings['latents'] * readers} latents of {readers} readers ablated, of a kind of fact or random ones; "
-        "answers of which every token is the most likely one, and nats per token of the answer.",
+        f"`python examples/memory_reads/ablate_facts.py --adapter {settings['adapter']}`: autoencoders of what the "
+        f"{len(readers)} readers add at replies to {settings['people']} people, tested with {settings['test_people']} "
+        f"others of each sort; {found['cpu_seconds'] / 60:.1f} minutes of processor time.",
+        "",
+        "The latents that tell a kind best, by the people to train on, and at which answers of others they are active "
+        f"(share of the answers about a {', a '.join(kinds)}):",
+        "",
+    ]
+    rows = []
+    for kind, shown in found["latents"].items():
+        for entry in shown:
+            cells = [f"{kind.replace('_', ' ')}: {readers[entry['layer']]}, latent {entry['latent']}"]
+            for whose, shares in entry["active"].items():
+                cells += [", ".join(f"{share:.0%}" for share in shares), ", ".join(entry["answers"][whose])]
+            rows.append(cells)
+    columns = [cell for whose in found["recall"] for cell in (whose, "most at")]
+    lines += table(["latent", *columns], rows)
+    counts = ", ".join(f"{sum(of_layers)} of a {kind.replace('_', ' ')}" for kind, of_layers in found["chosen"].items())
+    lines += [
+        "",
+        f"Ablated are all latents that add {found['ratio']:g} times as much to the log probability of a kind's answers "
+        f"as to that of any other kind's (gradient times activation): {counts}. What is read then is what the "
+        "autoencoders make of it without these latents. Answers of which every token is the most likely one, and nats "
+        "per token of the answer:",
     ]
     for whose, recall in found["recall"].items():
         rows = []
         for name, entry in recall.items():
-            rows.append([name, *(f"{entry[kind]['exact']:.0%} · {entry[kind]['nats']:.2f}" for kind in kinds)])
-        lines += ["", f"{whose.capitalize()}:", ""]
-        lines += table(["ablated", *(kind.replace("_", " ") for kind in kinds)], rows)
-    lines += ["", "The autoencoders, on reads kept from their training:", ""]
+            rows.append([name, *(f"{of['exact']:.0%} · {of['nats']:.2f}" for of in entry.values())])
+        lines += ["", f"{whose.capitalize()}:", "", *table(["ablated", *kinds], rows)]
+    lines += ["", "The autoencoders, on what is read for people that they were not trained with:", ""]
     rows = []
-    for place, entry in found["autoencoders"].items():
-        cells = (f"{entry['explained_variance']:.3f}", f"{entry['l0']:.1f}", f"{entry['dead']:.1%}")
-        rows.append([f"`{place.split('.memory')[0]}`", *cells])
-    return lines + table(["reader", "explained variance", "L0", "dead"], rows) + figures("memory")
+    for place, reader in zip(found["readers"], readers, strict=True):
+        row = [f"`{reader}`"]
+        for entry in found["autoencoders"][place].values():
+            row += [f"{entry['explained_variance']:.3f}", f"{entry['l0']:.1f}", f"{entry['dead']:.0%}"]
+        rows.append(row)
+    measures = [f"{name}, {whose}" for whose in found["recall"] for name in ("explained variance", "L0", "dead")]
+    return lines + table(["reader", *measures], rows) + figures("memory")

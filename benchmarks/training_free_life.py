@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from training_free import Reader, save, sentence_ends, text_of
+from training_free_grid import LIFE
 from training_free_page import write_page
 from transformers import DynamicCache
 
@@ -30,7 +31,7 @@ from senri_hf.training import tell
 ASKED_AT = (0, 1, 3, 10, 30, 100, 300, 1000)
 PROSE_TOKENS = 24
 NEW_TOKENS = 12
-ROUNDS = 7
+ROUNDS = 5
 
 
 def prose(tokenizer: Any, conversations: int) -> torch.Tensor:
@@ -150,7 +151,7 @@ def main() -> None:
     add("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
     add("--slots", type=int, default=512)
     add("--people", type=int, default=8)
-    add("--conversations", type=int, default=1000)
+    add("--conversations", type=int, default=LIFE)
     add("--cost", action="store_true", help="measure the cost only")
     add("--output", type=Path, default=Path("docs/training_free.json"))
     args = parser.parse_args()

@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from training_free_grid import DISTRACTORS, EPISODES, SEEDS, SUITES, cell, methods
+from training_free_grid import DISTRACTORS, EPISODES, LIFE, SEEDS, SUITES, cell, methods
 
 
 MARKS = {"kept in context": "s", "text prepended": "^", "no memory": "x", "trained adapter": "*"}
@@ -98,10 +98,11 @@ def not_run(found: dict[str, Any]) -> list[str]:
     whole = sum(count == EPISODES * SEEDS for count in begun)
     if not begun or whole == len(cells):
         return []
+    spread = f"{min(begun)} to {max(begun)}" if min(begun) < max(begun) else str(min(begun))
     return [
         f"Of the {len(cells)} cells of the grid ({len(SUITES)} suites, {len(methods())} methods, "
-        f"{', '.join(map(str, DISTRACTORS))} distractors) {len(begun)} were run, on {min(begun)} to {max(begun)} "
-        f"episodes each; the grid asks for {EPISODES} and {SEEDS} seeds of them, which {whole} cells have.",
+        f"{', '.join(map(str, DISTRACTORS))} distractors) {len(begun)} were run, on {spread} episodes each. The whole "
+        f"grid has {EPISODES} episodes of {SEEDS} seeds in each, which {whole} of its cells have.",
         "",
     ]
 
@@ -222,6 +223,8 @@ def write_page(results: dict[str, Any], folder: Path) -> None:
         if life:
             lines += ["", "### A long life", "", f"`python benchmarks/training_free_life.py`: {life['what']}.", ""]
             lines += [f"![a long life](training-free-life-{model}.png)", "", *life_table(life)]
+            if life["conversations"][-1] < LIFE:
+                lines += ["", f"Of the {LIFE:,} conversations {life['conversations'][-1]:,} were run."]
             plot_life(life, folder / f"training-free-life-{model}.png")
         if cost:
             lines += ["", "### Cost", "", "`python benchmarks/training_free_life.py --cost`, one thread.", ""]

@@ -10,6 +10,7 @@ import torch
 from chatting import byte_tokenizer
 from models import (
     ARCHITECTURES,
+    BOS,
     FEW_SLOTS,
     VOCABULARY,
     assert_close,
@@ -23,7 +24,15 @@ from models import (
     tiny_model,
     tokens,
 )
-from transformers import BloomConfig, BloomForCausalLM, DynamicCache, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BloomConfig,
+    BloomForCausalLM,
+    DynamicCache,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
 from senri_hf import MemoryCache
 from senri_hf.configuration.attention_memory import AttentionMemoryConfig
@@ -81,6 +90,28 @@ def test_a_model_with_an_adapter_reads_both() -> None:
         assert memory.attention_memory is not None
         memory.attention_memory.reset()
         assert not torch.allclose(feed(model, memory, ids), both, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"model_type": "mistral", "num_key_value_heads": 2, "sliding_window": 6},
+        {"model_type": "phi3", "num_key_value_heads": 2, "pad_token_id": 0, "partial_rotary_factor": 0.5},
+    ],
+    ids=lambda settings: settings["model_type"],
+)
+@torch.no_grad()
+def test_other_models_are_served_too(settings: dict[str, Any]) -> None:
+    """By name: with everything kept their logits are those of one context."""
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(**settings, **sizes, num_hidden_layers=3, bos_token_id=1, eos_token_id=2)
+    model, ids = AutoModelForCausalLM.from_config(config).eval(), tokens(2, 16, seed=4)
+    memory = blank(model, policy="all", slots=9)
+    feed(model, memory, ids[:, :9])
+    memory.clear_context()
+    whole = model(input_ids=ids, past_key_values=DynamicCache(config=model.config)).logits[:, 9:]
+    assert_close(feed(model, memory, ids[:, 9:], [4, 1]), whole, "logits")
 
 
 GPT2 = GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, eos_token_id=2, bos_token_id=1)
@@ -490,12 +521,9 @@ def test_attention_is_watched_no_longer_than_it_lasts() -> None:
 def opened(count: int, length: int, seed: int) -> torch.Tensor:
     """Conversations that open with the token with which texts begin."""
     ids = tokens(count, length, seed=seed)
-    ids[ids == START] = START + 1
-    ids[:, 0] = START
+    ids[ids == BOS] = BOS + 1
+    ids[:, 0] = BOS
     return ids
-
-
-START = 1
 
 
 @every_architecture
@@ -503,7 +531,7 @@ START = 1
 @torch.no_grad()
 def test_a_later_conversation_begins_no_new_text(arch: str, pieces: list[int] | None) -> None:
     """Its opening token, with which memory begins already, is passed by."""
-    model = tiny_model(arch, bos_token_id=START)
+    model = tiny_model(arch)
     told, asked = opened(2, 7, seed=4), opened(2, 6, seed=5)
     memory = blank(model, policy="all", slots=7)
     feed(model, memory, told)
@@ -520,13 +548,13 @@ def test_a_later_conversation_begins_no_new_text(arch: str, pieces: list[int] | 
 @torch.no_grad()
 def test_only_a_beginning_that_memory_holds_is_passed_by() -> None:
     """Row by row, and wherever padding is."""
-    model = tiny_model("llama", bos_token_id=START)
+    model = tiny_model("llama")
     told = torch.cat([opened(1, 7, seed=4), tokens(1, 7, seed=4) + 1])
     memory = blank(model)
     feed(model, memory, told)
     memory.clear_context()
     asked = opened(2, 6, seed=5)
-    asked[:, 3] = START
+    asked[:, 3] = BOS
     padded = torch.cat([torch.zeros(2, 2, dtype=torch.long), asked], dim=1)
     mask = torch.ones_like(padded)
     mask[:, :2] = 0

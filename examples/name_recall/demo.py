@@ -27,7 +27,7 @@ ASKED = ("What is my name?", "Which city do I live in?", "What is my dog called?
 
 
 # A small base model declines to answer such questions, whatever it knows: its reply is begun for it.
-BEGUN = ("You are called", "You live in", "Your dog is called")
+BEGUN = ("Your name is", "You live in", "Your dog is called")
 
 
 def tell_untrained(model_name: str, folder: Path) -> None:
@@ -103,7 +103,7 @@ def main() -> None:
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, __file__, "--model", args.model, "--ask", str(Path(folder) / "memory")]
-        print("A model as it was downloaded, which remembers without training:")
+        print("A model as it was downloaded, which remembers some of it without training:")
         tell_untrained(args.model, Path(folder) / "memory")
         subprocess.run([*command, "--untrained"], check=True)
         if not args.untrained:

@@ -56,7 +56,7 @@ train-gemma: weights gemma
 	HF_HUB_OFFLINE=1 $(TRAIN) --model gemma-3-270m --memory-layers 5,7,9,11,13,15 --rank 32 --lr 2e-3 \
 	  --gate-lr-multiplier 10 --topic-steps 40 --keep-every 8 --prose-every 8 --batch-size 8 --grad-accum 1 \
 	  --num-train 1280 --num-val 24 --epochs 1 --eval-every 1000 --save-every 20 \
-	  --checkpoint-dir checkpoints/gemma-3-270m --resume-if-begun
+	  --license gemma --checkpoint-dir checkpoints/gemma-3-270m --resume-if-begun
 
 results: weights gemma
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/results.py

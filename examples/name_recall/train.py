@@ -76,6 +76,7 @@ def parse() -> argparse.Namespace:
         help="read told conversations with memory, instead of once and without it",
     )
     add("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="dtype of the frozen base model")
+    add("--license", default="mit", help="the license on the adapter's card; a base's may bind what is made of it")
     add("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -125,8 +126,8 @@ def validation_episodes(task: str, count: int, seed: int) -> list[dict]:
 class History(TrainerCallback):
     """Keeps `training_history.json` and its plot up to date, and the best adapter so far."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, license: str) -> None:
+        self.folder, self.license = folder, license
         self.logger = logging.getLogger("name_recall")
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -141,7 +142,7 @@ class History(TrainerCallback):
         # What came before a resume counts too.
         earlier = [h["eval_exact"] for h in state.log_history if "eval_exact" in h and h["step"] < state.global_step]
         if metrics and metrics["eval_exact"] > max(earlier, default=-1.0):
-            save(model, self.folder / "best")
+            save(model, self.folder / "best", self.license)
 
 
 def plot(history: list[dict], path: Path) -> None:
@@ -168,13 +169,13 @@ def plot(history: list[dict], path: Path) -> None:
     scratch.replace(path)
 
 
-def save(model: PeftModel, folder: Path) -> None:
+def save(model: PeftModel, folder: Path, license: str) -> None:
     """The adapter alone, in bfloat16, with its card."""
     state = {name: p.detach().to(torch.bfloat16) for name, p in model.named_parameters() if p.requires_grad}
     save_adapter(
         model,
         folder,
-        license="mit",
+        license=license,
         training_data="Made-up facts that a user tells of themself, from `senri_hf.tasks.training_mixture`.",
         state_dict=state,
         save_embedding_layers=False,
@@ -235,14 +236,14 @@ def main() -> None:
         ),
         eval_dataset=Dataset.from_list(validation_episodes(args.task, args.num_val, args.seed + 1)),
         data_collator=senri_hf.EpisodeCollator(tokenizer),
-        callbacks=[History(args.checkpoint_dir)],
+        callbacks=[History(args.checkpoint_dir, args.license)],
     )
     last = get_last_checkpoint(str(args.checkpoint_dir))
     if args.resume == "last" and last is None:
         raise SystemExit(f"--resume was given, but {args.checkpoint_dir} holds no checkpoint; leave it out to begin")
     resume = last if args.resume == "last" or args.resume_if_begun else args.resume
     trainer.train(resume_from_checkpoint=resume)
-    save(model, args.checkpoint_dir / "final")
+    save(model, args.checkpoint_dir / "final", args.license)
     print(
         f"The adapter is in {args.checkpoint_dir / 'final'}, the best by validation in {args.checkpoint_dir / 'best'}"
     )

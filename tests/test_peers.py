@@ -1,4 +1,4 @@
-"""What other libraries do with a Senri model: TRL trains it, lm-eval scores it. Each test needs its library."""
+"""What other libraries do with our models: TRL trains it, lm-eval scores it. Each test needs its library."""
 
 import json
 from pathlib import Path
@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from models import BuiltIn
+from models import BuiltIn, Subject
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from senri_hf import MemoryTransformerConfig
 from senri_hf.commands.main import main
+from senri_hf.training import RouterLossMixin
 
 
 WORDS = ["the", "dog", "cat", "sees", "a", "bird", "and", "runs", "home", "again"]
@@ -52,6 +54,51 @@ def test_trl_trains_it(variant: str, packing: bool, tokenizer: PreTrainedTokeniz
     if packing:
         positions = calls[0]["position_ids"]
         assert positions.shape[0] == 1 and int((positions == 0).sum()) > 1
+
+
+def bank_model(home: str) -> Any:
+    """A model with a routed bank whose router loss is at least 5: one of its own, or beside one that exists."""
+    settings: dict[str, Any] = {
+        "num_memory_tokens": 24, "use_chapters": True, "num_chapters": 6, "top_k_chapters": 2,
+        "load_balance_coefficient": 5.0,
+    }  # fmt: skip
+    if home == "adapter":
+        return Subject("llama", "bank", "default").build(load_balance_coefficient=5.0)
+    config = MemoryTransformerConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=97,
+        pad_token_id=0, **settings,
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("home", ["built in", "adapter"])
+def test_trl_trains_the_routers_of_a_bank(home: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """SFTTrainer computes its loss from hidden states and leaves out theirs, which the mixin adds, once."""
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+
+    class BankSFTTrainer(RouterLossMixin, trl.SFTTrainer):
+        pass
+
+    data = Dataset.from_dict({"text": [" ".join(WORDS[i % 5 :]) for i in range(16)]})
+    first: dict[str, float] = {}
+    for trainer_class in (trl.SFTTrainer, BankSFTTrainer):
+        model = bank_model(home)
+        settings = trl.SFTConfig(
+            output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=2, gradient_accumulation_steps=2,
+            learning_rate=1e-2, report_to=[], use_cpu=True, bf16=False, max_length=16, logging_steps=1,
+            disable_tqdm=True, save_strategy="no",
+        )  # fmt: skip
+        trainer = trainer_class(model=model, args=settings, train_dataset=data, processing_class=tokenizer)
+        routers = [p for n, p in model.named_parameters() if "router" in n]
+        before = [p.detach().clone() for p in routers]
+        trainer.train()
+        first[trainer_class.__name__] = next(e["loss"] for e in trainer.state.log_history if "loss" in e)
+        assert routers and not any(torch.equal(p, old) for p, old in zip(routers, before, strict=True))
+    plain = first["SFTTrainer"]
+    assert plain < 10
+    assert plain + 4.9 < first["BankSFTTrainer"] < plain + 9  # of the coefficient 5, as often as a batch comes
 
 
 @pytest.mark.filterwarnings("ignore")

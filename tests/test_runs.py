@@ -2,6 +2,10 @@
 
 import dataclasses
 import json
+import signal
+import subprocess
+import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -459,6 +463,31 @@ def test_the_commands_work_together_on_a_new_model(
     assert len(text) > 1 and len(capsys.readouterr().out) > 1
     assert main(["merge", "--checkpoint", str(out / "final_model"), "--out", str(tmp_path / "small")]) == 2
     assert "exists already" in capsys.readouterr().err
+
+
+def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(place: Path, tmp_path: Path) -> None:
+    """From its latest whole checkpoint; what was only half written is passed by."""
+    out = tmp_path / "out"
+    path = config_file(place, "new", out, "memory_lr=0.01", "base_model_lr=0.01", "max_steps=20", "save_steps=2")
+    command("train", "--config", path, f"output_dir={tmp_path / 'whole'}")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "senri_hf.commands.main", "train", "--config", str(path)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while not (out / "checkpoint-4" / "trainer_state.json").exists() and process.poll() is None:
+        time.sleep(0.002)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL and not (out / "final_model").exists()
+    (out / "checkpoint-18").mkdir()
+    (out / "checkpoint-18" / "trainer_state.json").write_text('{"global_step": 3')
+    latest = runs.checkpoint_to_resume(out)
+    assert latest.name != "checkpoint-18" and runs.checkpoint_to_resume(latest) == latest
+    command("train", "--config", path, "--resume", out)
+    assert losses(out) == pytest.approx(losses(tmp_path / "whole"), abs=1e-6)
+    for wrong in (tmp_path / "nowhere", place):
+        with pytest.raises(OSError, match="was given, but"):
+            runs.checkpoint_to_resume(wrong)
 
 
 @pytest.mark.parametrize(

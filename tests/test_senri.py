@@ -71,7 +71,7 @@ def test_a_saved_config_is_the_same(tmp_path: Path) -> None:
     ],
 )
 def test_a_wrong_setting_is_named(make: Any, message: str) -> None:
-    with pytest.raises(Exception, match=message):
+    with pytest.raises(ValueError, match=message):
         make()
 
 

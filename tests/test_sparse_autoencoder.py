@@ -191,5 +191,5 @@ def test_it_takes_activations_in_another_dtype_and_refuses_another_width() -> No
     ],
 )
 def test_settings_out_of_range_are_refused_by_name(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(Exception, match=message):
+    with pytest.raises(ValueError, match=message):
         SparseAutoencoderConfig(**settings)

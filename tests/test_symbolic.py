@@ -184,7 +184,7 @@ def test_a_rollout_sees_its_window_only_and_goes_on_for_ever() -> None:
     ],
 )
 def test_settings_out_of_range_are_refused_by_name(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(Exception, match=message):
+    with pytest.raises(ValueError, match=message):
         SymbolicTransformerConfig(**settings)
 
 

@@ -188,7 +188,7 @@ def test_a_head_of_ones_own_is_used_where_it_is_handed_in() -> None:
     ],
 )
 def test_a_wrong_setting_is_named(make: Any, message: str) -> None:
-    with pytest.raises(Exception, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         make()
 
 

@@ -1,75 +1,135 @@
-"""Two processes train as one does: the loss of every step of DDP and FSDP2 runs beside that of a single process.
+"""However a run is launched, and also when it is killed, it trains the same model.
 
-    python examples/distributed/same_trajectory.py            # on CPUs, with gloo; a minute or two
+    python examples/distributed/same_trajectory.py            # on CPUs, with gloo; writes docs/bank_distributed.json
 
-Each run sees the same rows in the same order, and the routers' losses, which are of each process's own tokens, are off.
+A run of one process is the measure. Runs of two processes, DDP and FSDP2, see the same rows in the same order; each is
+run whole, and once more with a SIGKILL to all of its processes after a checkpoint and then resumed. What is compared is
+the loss of every step, and the loss on held-out text of the final model, loaded in a single process. The losses of
+routers, which are of each process's own tokens, are off.
 """
 
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
+from typing import Any
+
+from senri_hf.commands.evaluate import perplexity
+from senri_hf.training import run as runs
 
 
-CONFIG = Path(__file__).parent.parent / "configs" / "base_small_cpu.yaml"
-ROWS = 4
+ROOT = Path(__file__).parent.parent.parent
+CONFIG = ROOT / "examples" / "configs" / "base_small_cpu.yaml"
+ROWS, STEPS, KILLED_AFTER, EVALUATED = 4, 8, 4, 64
 SMALL = [
     "hidden_dim=32", "num_heads=2", "num_layers=2", "intermediate_dim=64", "vocab_size=300", "max_length=32",
     "dataset_subset=dubliners", "use_load_balance_loss=false", "eval_split=null", "save_best_model=false",
-    "warmup_steps=1", "logging_steps=1",
+    "warmup_steps=1", "logging_steps=1", f"max_steps={STEPS}", f"save_steps={KILLED_AFTER // 2}",
 ]  # fmt: skip
-RUNS = {
-    "one process": (1, []),
-    "two processes, DDP": (2, ["distributed_strategy=ddp"]),
-    "two processes, FSDP2": (2, ["distributed_strategy=fsdp"]),
+LAUNCHED = [
+    "-m",
+    "accelerate.commands.launch",
+    "--num_processes",
+    "2",
+    "--num_machines",
+    "1",
+    "--mixed_precision",
+    "no",
+]
+# Of each run: what launches it, its processes, and its settings.
+RUNS: dict[str, tuple[list[str], int, list[str]]] = {
+    "one process": ([], 1, []),
+    "two processes, DDP": ([*LAUNCHED, "--cpu"], 2, ["distributed_strategy=ddp"]),
+    "two processes, FSDP2": ([*LAUNCHED, "--cpu"], 2, ["distributed_strategy=fsdp"]),
 }
+PATIENCE = 600.0
 
 
-def losses(name: str, steps: int, folder: Path) -> list[float]:
-    """The loss of every step of a run of its own."""
-    processes, settings = RUNS[name]
-    out = folder / name.replace(" ", "_")
-    train = [
-        "-m", "senri_hf.commands.main", "train", "--config", str(CONFIG), *SMALL, *settings, f"max_steps={steps}",
-        f"save_steps={steps}", f"batch_size={ROWS // processes}", f"num_gpus={processes}", f"output_dir={out}",
+def start(name: str, out: Path, resumed: bool = False) -> subprocess.Popen[str]:
+    """A run in processes of its own."""
+    launcher, processes, settings = RUNS[name]
+    command = [
+        sys.executable, *launcher, "-m", "senri_hf.commands.main", "train", "--config", str(CONFIG), *SMALL, *settings,
+        f"batch_size={ROWS // processes}", f"num_gpus={processes}", f"output_dir={out}",
+        *(["--resume", str(out)] if resumed else []),
     ]  # fmt: skip
-    launch = [sys.executable, *train]
-    if processes > 1:
-        launch = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc-per-node={processes}",
-            *train,
-        ]
-    done = subprocess.run(launch, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{name} failed:\n{done.stderr[-3000:]}")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def finish(name: str, run: subprocess.Popen[str]) -> None:
+    """Wait for a run; what it said of an error is raised."""
+    _, said = run.communicate(timeout=PATIENCE)
+    if run.returncode:
+        raise RuntimeError(f"{name} failed:\n{said[-3000:]}")
+
+
+def kill_after_checkpoint(name: str, run: subprocess.Popen[str], out: Path) -> None:
+    """Kill all processes of a run as soon as a checkpoint is whole."""
+    mark, end = out / f"checkpoint-{KILLED_AFTER}" / "trainer_state.json", time.monotonic() + PATIENCE
+    while not mark.exists():
+        if run.poll() is not None or time.monotonic() > end:
+            finish(name, run)
+            raise RuntimeError(f"{name} was to be killed, but had ended")
+        time.sleep(0.002)
+    os.killpg(run.pid, signal.SIGKILL)
+    run.communicate()
+    if (out / runs.FINAL).exists():
+        raise RuntimeError(f"{name} was to be killed, but had ended")
+
+
+def losses(out: Path) -> list[float]:
     history = json.loads((out / "training_history.json").read_text())
     return [entry["loss"] for entry in history if "loss" in entry]
 
 
+def held_out(out: Path) -> float:
+    """The loss of a final model, loaded in this process."""
+    run = runs.load_checkpoint(out / runs.FINAL)
+    rows = runs.encoded(run, "test")[:EVALUATED]
+    return perplexity(run.model, rows, runs.collator(run), ROWS)["loss"]
+
+
+def measured(name: str, folder: Path) -> list[dict[str, Any]]:
+    """A run, whole and killed."""
+    found = []
+    for killed in (False, True):
+        out = folder / f"{name.replace(' ', '_')}_{killed}"
+        run = start(name, out)
+        if killed:
+            kill_after_checkpoint(name, run, out)
+            run = start(name, out, resumed=True)
+        finish(name, run)
+        found.append({"run": name, "killed": killed, "losses": losses(out), "held_out": held_out(out)})
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--runs", nargs="+", choices=list(RUNS), default=list(RUNS))
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "bank_distributed.json")
     arguments = parser.parse_args()
+    found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        found = {
-            name: losses(name, arguments.steps, Path(folder))
-            for name in dict.fromkeys(["one process", *arguments.runs])
-        }
-    alone = found["one process"]
-    worst = 0.0
-    for name, values in found.items():
-        apart = max(abs(ours - theirs) for ours, theirs in zip(values, alone, strict=True))
-        worst = max(worst, apart)
-        print(f"{name:22} {' '.join(f'{value:.4f}' for value in values)}   at most {apart:.1e} apart")
-    return int(worst > 1e-3)
+        for name in dict.fromkeys(["one process", *arguments.runs]):
+            for one in measured(name, Path(folder)):
+                measure = found[0] if found else one
+                pairs = zip(one["losses"], measure["losses"], strict=True)
+                one["apart"] = max(abs(ours - theirs) for ours, theirs in pairs)
+                one["held_out_apart"] = abs(one["held_out"] - measure["held_out"])
+                found.append(one)
+                print(
+                    f"{name}{', killed and resumed' if one['killed'] else ''}: {one['losses'][-1]:.4f} at the end; at "
+                    f"most {one['apart']:.1e} apart in training, {one['held_out_apart']:.1e} on held-out text",
+                    flush=True,
+                )
+    arguments.out.write_text(json.dumps({"steps": STEPS, "killed_after": KILLED_AFTER, "runs": found}, indent=1) + "\n")
+    return int(max(max(one["apart"], one["held_out_apart"]) for one in found) > 1e-3)
 
 
 if __name__ == "__main__":

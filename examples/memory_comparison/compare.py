@@ -3,14 +3,21 @@
     python examples/memory_comparison/compare.py scratch     # small models from scratch: dense, wider dense, memory
     python examples/memory_comparison/compare.py adapter     # none, memory, LoRA and both in a model that exists
 
-Every variant tries the same learning rates with the first seed and runs its best one with the others. Finished runs are
-kept in --out, so that an interrupted comparison goes on where it was. The last tenth of each book is held out.
+A variant's learning rate is tuned with the first seed: from the middle of a ladder of rates it climbs until both
+neighbours of the best are worse, and the best one is run with the other seeds. From scratch all else than memory learns
+at the rate that serves the dense model best, and memory's own is tuned; memory and LoRA together have their own best
+rates, times a common factor that is tuned. The last tenth of each book is held out.
+
+Finished runs stand in --out, and their models below checkpoints/memory_comparison/: an interrupted comparison goes on
+where it was.
+`trained.py` looks into the models, and `benchmarks/bank_results.py` renders what came out.
 """
 
 import argparse
 import json
-import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +26,10 @@ from senri_hf.configuration.run import RunConfig
 from senri_hf.training import run as runs
 
 
-HERE = Path(__file__).parent
-CONFIGS = HERE.parent / "configs"
-OUT = HERE.parent.parent / "docs" / "memory_comparison.json"
-HIDDEN, LAYERS, MEMORY_LAYERS, INNER, LENGTH, BATCH = 64, 4, 2, 172, 64, 8
-SIZES = {
-    "scratch": [f"hidden_dim={HIDDEN}", f"intermediate_dim={INNER}", f"max_length={LENGTH}", f"batch_size={BATCH}"],
-    "adapter": ["max_length=64", "batch_size=2"],
-}
-# Held-out rows that are read; all of them where a model is small.
-EVALUATED = {"scratch": None, "adapter": 48}
+ROOT = Path(__file__).parent.parent.parent
+OUT = ROOT / "docs" / "memory_comparison.json"
+MODELS = ROOT / "checkpoints" / "memory_comparison"
+HIDDEN, LAYERS, MEMORY_LAYERS, INNER, LENGTH, BATCH = 64, 4, 2, 172, 64, 16
 
 
 def wider(parameters: float) -> list[str]:
@@ -46,111 +47,215 @@ def memory_multiplications(rows: int) -> float:
     return MEMORY_LAYERS * (2 * HIDDEN**2 + rows * 2 * HIDDEN**2 / (LENGTH * BATCH) + 2 * rows * HIDDEN)
 
 
-WHOLE = ["use_chapters=false"]
-SCRATCH: dict[str, list[str]] = {
-    "dense": ["vanilla_mode=true"],
-    "dense, parameters of memory 256": wider(memory_parameters(256)),
-    "dense, multiplications of memory 256": wider(memory_multiplications(256)),
-    "memory 64": ["num_memory_tokens=64", *WHOLE],
-    "memory 256": ["num_memory_tokens=256", *WHOLE],
-    "memory 1024": ["num_memory_tokens=1024", *WHOLE],
-    "memory 256, 4 of 16 chapters": ["num_memory_tokens=256"],
-}
-ADAPTER: dict[str, list[str]] = {
-    "memory": [],
-    "LoRA": ["use_lora=true", "use_memory_adapter=false"],
-    "memory and LoRA": ["use_both_memory_and_lora=true"],
-}
-PARTS: dict[str, tuple[str, dict[str, list[str]], tuple[float, ...]]] = {
-    "scratch": ("base_small_cpu.yaml", SCRATCH, (3e-3, 8e-3)),
-    "adapter": ("adapter_smollm2_cpu.yaml", ADAPTER, (5e-4, 2e-3)),
-}
-RATES = ("memory_lr", "lora_lr", "base_model_lr")
+@dataclass
+class Variant:
+    """Settings, and those that a rung of the ladder of learning rates stands for, given the best of other variants."""
+
+    settings: list[str]
+    rates: Callable[[float, dict[str, float]], dict[str, float]]
+    ladder: tuple[float, ...]
 
 
-def configured(part: str, settings: list[str], folder: str, steps: int, rate: float, seed: int) -> RunConfig:
+@dataclass
+class Part:
+    """A comparison: the file that its runs begin from, what they share, and its variants in their order."""
+
+    config: str
+    settings: list[str]
+    steps: int
+    evaluated: int  # held-out rows
+    variants: dict[str, Variant]
+
+
+def factors(step: float, below: int, above: int, start: float = 1.0) -> tuple[float, ...]:
+    """A ladder: `start` times the powers of `step`."""
+    return tuple(float(f"{start * step**power:.3g}") for power in range(-below, above + 1))
+
+
+BASE_RATES, MEMORY_RATES = factors(2, 2, 2, start=0.008), factors(4, 2, 2, start=0.004)
+ADAPTER_RATES = factors(3, 2, 2, start=0.003)
+
+
+def dense(settings: list[str]) -> Variant:
+    return Variant(settings, lambda rate, _: {"base_model_lr": rate}, BASE_RATES)
+
+
+def bank(*settings: str) -> Variant:
+    def rates(rate: float, best: dict[str, float]) -> dict[str, float]:
+        return {"base_model_lr": best["dense"], "memory_lr": rate}
+
+    return Variant(list(settings), rates, MEMORY_RATES)
+
+
+def both(factor: float, best: dict[str, float]) -> dict[str, float]:
+    return {"memory_lr": best["memory"] * factor, "lora_lr": best["LoRA"] * factor}
+
+
+WHOLE = "use_chapters=false"
+PARTS = {
+    "scratch": Part(
+        "base_small_cpu.yaml",
+        [
+            f"hidden_dim={HIDDEN}", f"num_layers={LAYERS}", f"intermediate_dim={INNER}", f"max_length={LENGTH}",
+            f"batch_size={BATCH}", "vocab_size=512", f"memory_layer_n={LAYERS // MEMORY_LAYERS}",
+            f"tokenizer_name={MODELS / 'tokenizer'}",
+        ],
+        steps=160,
+        evaluated=480,
+        variants={
+            "dense": dense(["vanilla_mode=true"]),
+            "dense, parameters of memory 256": dense(wider(memory_parameters(256))),
+            "dense, multiplications of memory 256": dense(wider(memory_multiplications(256))),
+            "memory 64": bank("num_memory_tokens=64", WHOLE),
+            "memory 256": bank("num_memory_tokens=256", WHOLE),
+            "memory 1024": bank("num_memory_tokens=1024", WHOLE),
+            "memory 256, 4 of 16 chapters": bank("num_memory_tokens=256"),
+        },
+    ),
+    "adapter": Part(
+        "adapter_smollm2_cpu.yaml",
+        ["max_length=64", "batch_size=2"],
+        steps=40,
+        evaluated=32,
+        variants={
+            "none": Variant(["vanilla_mode=true"], lambda *_: {}, ()),
+            "memory": Variant([], lambda rate, _: {"memory_lr": rate}, ADAPTER_RATES),
+            "LoRA": Variant(
+                ["use_lora=true", "use_memory_adapter=false"], lambda rate, _: {"lora_lr": rate}, ADAPTER_RATES
+            ),
+            "memory and LoRA": Variant(["use_both_memory_and_lora=true"], both, factors(3, 2, 1)),
+        },
+    ),
+}  # fmt: skip
+
+
+def configured(part: Part, variant: str, rates: dict[str, float], seed: int, steps: int, folder: Path) -> RunConfig:
     """A run that is evaluated at its end only."""
-    rates = [f"{name}={rate}" for name in RATES]
     once = [f"max_steps={steps}", f"warmup_steps={steps // 10}", "eval_split=null", "save_best_model=false"]
+    ends = [f"save_steps={steps}", "save_total_limit=1", f"logging_steps={max(1, steps // 40)}", f"seed={seed}"]
     return RunConfig.load(
-        CONFIGS / PARTS[part][0],
-        [*SIZES[part], *settings, *rates, *once, f"save_steps={steps}", f"seed={seed}", f"output_dir={folder}"],
-    )
+        ROOT / "examples" / "configs" / part.config,
+        [
+            *part.settings, *part.variants[variant].settings, *[f"{name}={rate}" for name, rate in rates.items()],
+            *once, *ends, f"output_dir={folder}",
+        ],
+    )  # fmt: skip
 
 
-def one_run(part: str, settings: list[str], steps: int, rate: float, seed: int) -> dict[str, Any]:
-    """Train, and the loss on what was held out."""
-    with tempfile.TemporaryDirectory() as folder:
-        config = configured(part, settings, folder, steps, rate, seed)
-        run = runs.prepare(config)
+def held_out(run: runs.Run, part: Part) -> dict[str, float]:
+    """Loss and perplexity on the test split."""
+    rows = runs.encoded(run, "test")[: part.evaluated]
+    return perplexity(run.model, rows, runs.collator(run), run.config.training.batch_size)
+
+
+def one_run(part: Part, variant: str, rates: dict[str, float], seed: int, steps: int, folder: Path) -> dict[str, Any]:
+    """Train where there is something to train, and the loss on what was held out."""
+    config = configured(part, variant, rates, seed, steps, folder)
+    run, seconds = runs.prepare(config), 0.0
+    if rates:
         trainer = runs.trainer_of(run)
         start = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - start
-        return {
-            "rate": rate,
-            "seed": seed,
-            **held_out(run, part),
-            "seconds": round(seconds),
-            "trained_parameters": sum(p.numel() for p in run.model.parameters() if p.requires_grad),
-            "training_tokens": trained_tokens(config, steps),
-        }
-
-
-def trained_tokens(config: RunConfig, steps: int) -> int:
+        runs.save(run, trainer)
     section = config.training
-    return steps * section.batch_size * section.gradient_accumulation_steps * section.max_length
+    tokens = steps * section.batch_size * section.gradient_accumulation_steps * section.max_length
+    return {
+        **held_out(run, part),
+        "seconds": round(seconds, 1),
+        "trained_parameters": sum(p.numel() for p in run.model.parameters() if p.requires_grad) if rates else 0,
+        "training_tokens": tokens if rates else 0,
+    }
 
 
-def held_out(run: runs.Run, part: str) -> dict[str, float]:
-    """Loss and perplexity on the test split."""
-    rows = runs.encoded(run, "test")[: EVALUATED[part]]
-    return perplexity(run.model, rows, runs.collator(run), run.config.training.batch_size)
+def climb(ladder: tuple[float, ...], loss_of: Callable[[float], float]) -> float:
+    """The rung whose neighbours are both worse, found from the middle."""
+    tried: dict[int, float] = {}
+    at = len(ladder) // 2
+    while True:
+        for place in (at, at + 1, at - 1):
+            if place not in tried and 0 <= place < len(ladder):
+                tried[place] = loss_of(ladder[place])
+        best = min(tried, key=lambda place: tried[place])
+        if best == at:
+            return ladder[at]
+        at = best
 
 
-def untrained(part: str) -> dict[str, Any]:
-    """The base model as it is."""
-    with tempfile.TemporaryDirectory() as folder:
-        run = runs.prepare(configured(part, ["vanilla_mode=true"], folder, 10, 1e-3, 0))
-        return {
-            "rate": 0,
-            "seed": 0,
-            **held_out(run, part),
-            "seconds": 0,
-            "trained_parameters": 0,
-            "training_tokens": 0,
-        }
+def folder_of(out: Path, part: str, variant: str, rung: float, seed: int) -> Path:
+    """Where the model of a run is."""
+    return MODELS / out.stem / part / f"{variant.replace(',', '').replace(' ', '_')}-{rung:g}-{seed}"
+
+
+def best_folder(out: Path, part: str, variant: str) -> Path:
+    """Where the best model of a variant is, of the first seed.
+
+    Raises:
+        OSError: when it was not trained here.
+    """
+    found = json.loads(out.read_text())[part]["runs"] if out.exists() else []
+    tried = [one for one in found if one["variant"] == variant and one["seed"] == found[0]["seed"]]
+    if not tried:
+        raise OSError(f"{out} has no run of {variant!r}: python examples/memory_comparison/compare.py {part}")
+    best = min(tried, key=lambda one: one["loss"])
+    folder = folder_of(out, part, variant, best["rung"], best["seed"])
+    if not folder.is_dir():
+        raise OSError(f"There is no {folder}; the run was made elsewhere: give compare.py another --out")
+    return folder
+
+
+def compare(name: str, seeds: list[int], steps: int, out: Path) -> None:
+    """Run what is not in `out` yet."""
+    part = PARTS[name]
+    results: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
+    found = results.setdefault(name, {"steps": steps, "runs": []})
+    if found["steps"] != steps:
+        raise SystemExit(f"{out} has runs of {found['steps']} steps, not {steps}; give another --out")
+
+    def run(variant: str, rung: float, seed: int) -> float:
+        rates = part.variants[variant].rates(rung, best) if rung else {}
+        key = {"variant": variant, "rung": rung, "rates": rates, "seed": seed}
+        done = next((one for one in found["runs"] if key.items() <= one.items()), None)
+        if done is None:
+            folder = folder_of(out, name, variant, rung, seed)
+            done = {**key, **one_run(part, variant, rates, seed, steps, folder)}
+            found["runs"].append(done)
+            scratch = out.with_name(f".{out.name}")
+            scratch.write_text(json.dumps(results, indent=1) + "\n")
+            scratch.replace(out)
+        print(f"{variant}: rate {rung:g}, seed {seed}: loss {done['loss']:.4f}, {done['seconds']} s", flush=True)
+        return float(done["loss"])
+
+    best: dict[str, float] = {}
+    for variant, settings in part.variants.items():
+        if not settings.ladder:
+            run(variant, 0, seeds[0])
+            continue
+        best[variant] = climb(settings.ladder, lambda rung, variant=variant: run(variant, rung, seeds[0]))  # type: ignore[misc]
+        for seed in seeds[1:]:
+            run(variant, best[variant], seed)
+
+
+def tokenizer_of_all() -> None:
+    """Train the tokenizer of the models from scratch, once for all of them."""
+    if not (MODELS / "tokenizer").is_dir():
+        part = PARTS["scratch"]
+        config = configured(part, "dense", {}, 0, 1, MODELS)
+        config.model.tokenizer_name = None
+        runs.own_tokenizer(config).save_pretrained(MODELS / "tokenizer")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=PARTS)
-    parser.add_argument("--steps", type=int, help="of a run: 120 from scratch, 16 in a model that exists")
+    parser.add_argument("--steps", type=int, help="of a run: 160 from scratch, 40 in a model that exists")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--variants", nargs="+", help="only those")
     parser.add_argument("--out", type=Path, default=OUT)
     arguments = parser.parse_args()
-    steps = arguments.steps or {"scratch": 120, "adapter": 16}[arguments.part]
-    _, variants, rates = PARTS[arguments.part]
-    results: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
-
-    def run(variant: str, rate: float, seed: int) -> float:
-        done = results.setdefault(arguments.part, {}).setdefault(variant, [])
-        found = next((one for one in done if (one["rate"], one["seed"]) == (rate, seed)), None)
-        if found is None:
-            untouched = variant == "none"
-            found = untrained("adapter") if untouched else one_run(arguments.part, variants[variant], steps, rate, seed)
-            done.append(found)
-            arguments.out.write_text(json.dumps(results, indent=1) + "\n")
-        print(f"{variant}: rate {rate:g}, seed {seed}: loss {found['loss']:.4f}", flush=True)
-        return float(found["loss"])
-
-    if arguments.part == "adapter":
-        run("none", 0, 0)
-    for variant in arguments.variants or variants:
-        best = min(rates, key=lambda rate: run(variant, rate, arguments.seeds[0]))
-        for seed in arguments.seeds[1:]:
-            run(variant, best, seed)
+    if arguments.part == "scratch":
+        tokenizer_of_all()
+    steps = arguments.steps or PARTS[arguments.part].steps
+    compare(arguments.part, arguments.seeds, steps, arguments.out)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "--config", required=True, metavar="FILE", help="YAML with the sections memory, model, training"
     )
-    parser.add_argument("--resume", metavar="CHECKPOINT", help="go on from this checkpoint")
+    parser.add_argument(
+        "--resume", metavar="FOLDER", help="go on from this checkpoint, or from the latest one of this run"
+    )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings over those of the file")
     parser.set_defaults(run=run_train)
 
@@ -25,9 +27,8 @@ def run_train(arguments: argparse.Namespace) -> int:
     if arguments.resume is not None:
         overrides.append(f"resume_from_checkpoint={arguments.resume}")
     config = RunConfig.load(arguments.config, overrides)
-    checkpoint = config.training.resume_from_checkpoint
-    if checkpoint is not None and not Path(checkpoint).is_dir():
-        raise OSError(f"resume_from_checkpoint={checkpoint} was given, but there is no such folder")
+    resumed = config.training.resume_from_checkpoint
+    checkpoint = None if resumed is None else str(runs.checkpoint_to_resume(Path(resumed)))
     run = runs.prepare(config)
     trainer = runs.trainer_of(run)
     if trainer.args.should_save:

@@ -10,12 +10,14 @@ from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
 from .bank import BankConfig, check_choice, check_whole
+from .errors import value_errors
 
 
 PLACEMENTS = ("all", "first_k", "last_k", "every_n", "custom")
 VARIANTS = ("A", "B")
 
 
+@value_errors
 @strict
 class MemoryTransformerConfig(BankConfig, PreTrainedConfig):
     """A decoder-only transformer whose memory layers read a bank of learnable memory tokens by cross-attention.

@@ -163,7 +163,7 @@ class TrainingSection:
         save_precision: Of the final model: `"fp32"`, `"fp16"` or `"bf16"`; as it is when None.
         save_best_model: Keep the checkpoint of the lowest evaluation loss, and end with it.
         early_stopping, early_stopping_patience, early_stopping_threshold: End when evaluations no longer improve.
-        resume_from_checkpoint: A checkpoint to go on from.
+        resume_from_checkpoint: A checkpoint to go on from, or the folder of a run, for its latest one.
         seed: Of weights and data order.
     """
 

@@ -7,6 +7,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import GPTNeoXConfig
 
 from .compressive import CompressiveConfig
+from .errors import value_errors
 
 
 # The first memory layer of a model without attention also counts the tokens of the context.
@@ -58,6 +59,7 @@ def memory_layer(settings: dict[str, Any]) -> dict[str, Any]:
     return {"type": MEMORY, **vars(config)}
 
 
+@value_errors
 @strict
 class SenriConfig(GPTNeoXConfig):
     r"""A language model of two kinds of layers: compressive memory without positions, and GPT-NeoX's attention.

@@ -5,10 +5,13 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from .errors import value_errors
+
 
 VARIANTS = ("relu", "topk", "batchtopk", "jumprelu", "gated")
 
 
+@value_errors
 @strict
 class SparseAutoencoderConfig(PreTrainedConfig):
     """What a `SparseAutoencoder` is made of, and which activations it is for.

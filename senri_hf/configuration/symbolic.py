@@ -5,7 +5,10 @@ from typing import Any, ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from .errors import value_errors
 
+
+@value_errors
 @strict
 class SymbolicTransformerConfig(PreTrainedConfig):
     """What a `SymbolicTransformerModel` is made of: a small decoder over a handful of symbols, made to be looked into.

@@ -7,6 +7,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from .compressive import check_bounds, check_whole
+from .errors import value_errors
 
 
 # All layers hold memory alone, and so the first one also counts the tokens of the context.
@@ -49,6 +50,7 @@ class TensorMemoryHeadConfig:
         check_bounds(self.eps, self.decay, **clamps)
 
 
+@value_errors
 @strict
 class TensorMemoryConfig(PreTrainedConfig):
     """A language model whose only token mixing is memory: no attention, no positions, no dropout.

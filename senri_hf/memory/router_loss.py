@@ -1,9 +1,12 @@
 """How the losses of routers reach the loss that is trained.
 
 A decoder leaves the router loss of its last training pass with itself. Whoever computes the loss takes it: the causal
-language model's own forward where it is given labels, else a trainer that computes the loss from hidden states.
+language model's own forward where it is given labels, or a trainer. A trainer that may leave the loss of the model's
+forward unused keeps it from being taken there.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Self
 
 from torch import Tensor, nn
@@ -14,6 +17,7 @@ class RouterLossSlot:
 
     def __init__(self) -> None:
         self.loss: Tensor | None = None
+        self.is_kept = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return type(self)()
@@ -22,16 +26,35 @@ class RouterLossSlot:
         return type(self), ()
 
     def take(self) -> Tensor | None:
-        """The loss, once."""
+        """The loss, once; None while it is kept."""
+        if self.is_kept:
+            return None
         loss, self.loss = self.loss, None
         return loss
 
 
+def slots_of(model: nn.Module) -> list[RouterLossSlot]:
+    """The places in a model where router losses wait."""
+    found = (vars(module).get("router_loss") for module in model.modules())
+    return [slot for slot in found if isinstance(slot, RouterLossSlot)]
+
+
+@contextmanager
+def router_loss_kept(model: nn.Module) -> Iterator[None]:
+    """Within it nobody takes the router loss of a model's passes, which waits for whoever asks afterwards."""
+    slots = slots_of(model)
+    try:
+        for slot in slots:
+            slot.is_kept = True
+        yield
+    finally:
+        for slot in slots:
+            slot.is_kept = False
+
+
 def take_router_loss(model: nn.Module) -> Tensor | None:
     """The router loss that a model's last training pass left and nobody took yet; None where there is none."""
-    taken = [
-        slot.take() for module in model.modules() if isinstance(slot := vars(module).get("router_loss"), RouterLossSlot)
-    ]
+    taken = [slot.take() for slot in slots_of(model)]
     losses = [loss for loss in taken if loss is not None]
     return sum(losses[1:], losses[0]) if losses else None
 

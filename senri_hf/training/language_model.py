@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 
 from ..memory.bank_reader import router_record
-from ..memory.router_loss import share_of_batch, take_router_loss
+from ..memory.router_loss import router_loss_kept, share_of_batch, take_router_loss
 from .arguments import MemoryTrainingArguments
 from .groups import kind_of, parameter_groups
 
@@ -20,10 +20,10 @@ BASE_PARAMETERS = "base_parameters.safetensors"
 
 
 class RouterLossMixin:
-    """Adds router losses that a trainer's own loss leaves out: put it before a trainer's class.
+    """Adds router losses to a trainer's own loss: put it before a trainer's class.
 
-    `class BankSFTTrainer(RouterLossMixin, SFTTrainer)` trains a bank with TRL, which computes the loss from hidden
-    states and never calls the causal language model's forward. Where the model adds them itself nothing comes twice.
+    `class BankSFTTrainer(RouterLossMixin, SFTTrainer)` trains a bank with TRL, which computes its loss from hidden
+    states and leaves the one of the model's forward unused. Where a trainer uses that one nothing comes twice.
     """
 
     def compute_loss(
@@ -31,16 +31,25 @@ class RouterLossMixin:
     ) -> Any:
         labels = inputs.get("labels")
         parent: Any = super()
-        result = parent.compute_loss(
-            model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
-        )
+        with router_loss_kept(model):
+            result = parent.compute_loss(
+                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+            )
         waiting = take_router_loss(model)
-        if waiting is None or not model.training:
+        if waiting is None:
             return result
         loss = result[0] if return_outputs else result
         share = share_of_batch(labels, num_items_in_batch) if isinstance(labels, Tensor) else 1.0
-        loss = loss + waiting.to(loss.device) * share
+        loss = loss + waiting.to(loss.device) * share * self._processes(num_items_in_batch)
         return (loss, *result[1:]) if return_outputs else loss
+
+    def _processes(self, num_items_in_batch: Any) -> int:
+        """What a trainer multiplies a loss by whose items are those of all processes, over which it is averaged."""
+        trainer: Any = self
+        if num_items_in_batch is None or not trainer.args.average_tokens_across_devices:
+            return 1
+        processes: int = trainer.accelerator.num_processes // trainer.get_tp_size()
+        return processes
 
 
 class LanguageModelTrainer(RouterLossMixin, Trainer):

@@ -1,5 +1,6 @@
 """A run from its file: model, tokenizer, data, arguments and trainer, and the folder that it leaves."""
 
+import json
 import os
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -8,6 +9,8 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallback, PreTrainedTokenizerBase
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..adapters import add_lora, load_lora
 from ..adapters.bank import BankAdapterConfig
@@ -345,6 +348,36 @@ def trainer_of(run: Run) -> LanguageModelTrainer:
         processing_class=run.tokenizer,
         callbacks=callbacks,
     )
+
+
+def checkpoint_to_resume(folder: Path) -> Path:
+    """The checkpoint to go on from: `folder` itself, or the latest one in the folder of a run.
+
+    One that was being written when its run was killed is passed by.
+
+    Raises:
+        OSError: when there is none.
+    """
+    if not folder.is_dir():
+        raise OSError(f"resume_from_checkpoint={folder} was given, but there is no such folder")
+    if is_whole(folder):
+        return folder
+    whole = [place for place in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if is_whole(place)]
+    if not whole:
+        raise OSError(
+            f"resume_from_checkpoint={folder} was given, but it neither is a whole checkpoint nor holds one; name the "
+            "folder of a run, whose latest whole checkpoint is taken, or begin anew"
+        )
+    return max(whole, key=lambda place: int(place.name.rpartition("-")[2]))
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether all of a checkpoint was written: a `Trainer` writes its own state last."""
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def save(run: Run, trainer: LanguageModelTrainer) -> Path:

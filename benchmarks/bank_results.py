@@ -1,6 +1,9 @@
-"""Renders docs/bank_results.md from docs/bank_cost.json and docs/memory_comparison.json.
+"""Renders docs/bank_results.md and its figures from the JSON files beside it.
 
-python benchmarks/bank_results.py
+    python benchmarks/bank_results.py
+
+They come from benchmarks/bank_cost.py, examples/memory_comparison/compare.py and trained.py, and
+examples/distributed/same_trajectory.py.
 """
 
 import json
@@ -8,58 +11,216 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from senri_hf.interpretability.plots import figure, save
+
 
 DOCS = Path(__file__).parent.parent / "docs"
 PARTS = {"scratch": "Small models from scratch", "adapter": "In SmolLM2-135M"}
+MEMORY_BITS = 32
+
+
+def table(names: list[str], rows: list[list[str]]) -> list[str]:
+    return ["| " + " | ".join(row) + " |" for row in (names, ["---"] * len(names), *rows)]
 
 
 def cost(found: dict[str, Any]) -> list[str]:
     setting = ", ".join(f"{name} {value}" for name, value in found["setting"].items())
-    lines = [
+    rows = [
+        [
+            row["strategy"],
+            f"{row['rows']:,}",
+            f"{row['seconds']:.2f}",
+            f"{row['times']:.2f}",
+            f"{row['chapters_read']:.0%}",
+        ]
+        for row in found["time"]
+    ]
+    return [
         "## Time against the rows that are held",
         "",
         "A forward and backward pass; every token reads as many rows, whatever the bank holds. By "
         f"`benchmarks/bank_cost.py` ({setting}), on a machine that others used too.",
         "",
-        "| routing | rows held | seconds | times the smallest | chapters that some token read |",
-        "|---|---|---|---|---|",
+        *table(["routing", "rows held", "seconds", "times the smallest", "chapters that some token read"], rows),
+        "",
     ]
-    for row in found["time"]:
-        lines.append(
-            f"| {row['strategy']} | {row['rows']:,} | {row['seconds']:.2f} | {row['times']:.2f} | "
-            f"{row['chapters_read']:.0%} |"
+
+
+def best_of(runs: list[dict[str, Any]], variant: str) -> list[dict[str, Any]]:
+    """The runs of a variant at its best rates, of every seed, the one that was tuned with first."""
+    tuned = [run for run in runs if run["variant"] == variant and run["seed"] == runs[0]["seed"]]
+    rates = min(tuned, key=lambda run: run["loss"])["rates"]
+    return [run for run in runs if run["variant"] == variant and run["rates"] == rates]
+
+
+def comparison(part: str, found: dict[str, Any]) -> list[str]:
+    runs = found["runs"]
+    variants = list(dict.fromkeys(run["variant"] for run in runs))
+    trained = next(run for run in runs if run["training_tokens"])
+    rows = []
+    for variant in variants:
+        best = best_of(runs, variant)
+        rates = ", ".join(f"{name} {rate:.3g}" for name, rate in best[0]["rates"].items())
+        rows.append(
+            [
+                variant,
+                f"{best[0]['trained_parameters']:,}",
+                rates or "-",
+                f"**{mean(run['loss'] for run in best):.3f}**",
+                ", ".join(f"{run['loss']:.3f}" for run in best),
+                f"{mean(run['seconds'] for run in best):.0f}",
+            ]
         )
-    return [*lines, ""]
-
-
-def comparison(part: str, variants: dict[str, list[dict[str, Any]]]) -> list[str]:
-    first = next(run for runs in variants.values() for run in runs if run["training_tokens"])
-    lines = [
+    draw_comparison(part, runs, variants)
+    return [
         f"## {PARTS[part]}",
         "",
-        f"Loss on held-out text ({first['tokens']:,} tokens) after {first['training_tokens']:,} training tokens, by "
-        f"`examples/memory_comparison/compare.py {part}`. Every learning rate is tried with seed 0; the better one is "
-        "run with the other seeds.",
+        f"Loss on held-out text ({trained['tokens']:,} tokens) after {trained['training_tokens']:,} training tokens "
+        f"({found['steps']} steps), by `examples/memory_comparison/compare.py {part}`, which says how rates are tuned.",
         "",
-        "| variant | trained parameters | learning rate | loss, mean over seeds | of each seed | seconds |",
-        "|---|---|---|---|---|---|",
+        *table(["variant", "trained parameters", "rates", "loss, mean", "of each seed", "seconds of training"], rows),
+        "",
+        f"![Loss by learning rate and by variant](bank-{part}.png)",
+        "",
     ]
-    for name, runs in variants.items():
-        rate = min((run for run in runs if run["seed"] == 0), key=lambda run: run["loss"])["rate"]
-        best = [run for run in runs if run["rate"] == rate]
-        losses = [run["loss"] for run in best]
-        each = ", ".join(f"{loss:.3f}" for loss in losses)
-        seconds = round(mean(run["seconds"] for run in best))
-        parameters = best[0]["trained_parameters"]
-        lines.append(f"| {name} | {parameters:,} | {rate:g} | {mean(losses):.3f} | {each} | {seconds} |")
-    return [*lines, ""]
+
+
+def draw_comparison(part: str, runs: list[dict[str, Any]], variants: list[str]) -> None:
+    """Left: loss against the rate that is tuned, of the first seed. Right: the best rate's loss of each seed."""
+    drawing, ((tuning, best),) = figure(1, 2, width=6.0, height=0.5 * len(variants) + 1.8)
+    for place, variant in enumerate(variants):
+        tuned = sorted((r["rung"], r["loss"]) for r in runs if r["variant"] == variant and r["seed"] == runs[0]["seed"])
+        if len(tuned) > 1:
+            tuning.plot(*zip(*tuned, strict=True), marker="o", label=variant, color=f"C{place}")
+        losses = [run["loss"] for run in best_of(runs, variant)]
+        best.plot(losses, [place] * len(losses), "o", color=f"C{place}")
+    tuning.set_xscale("log")
+    tuning.set(xlabel="learning rate that is tuned (memory and LoRA: factor on both)", ylabel="held-out loss")
+    tuning.legend(fontsize=7)
+    best.set_yticks(range(len(variants)), variants, fontsize=8)
+    best.invert_yaxis()
+    best.set(xlabel="held-out loss at the best rate, of each seed")
+    save(drawing, DOCS / f"bank-{part}.png")
+
+
+def chapters(found: dict[str, Any]) -> list[str]:
+    layers, texts = found["layers"], list(found["usage"])
+    rows = []
+    for index, layer in enumerate(layers):
+        for text in texts:
+            usage = found["usage"][text][index]
+            order = sorted(range(len(usage)), key=lambda chapter: -usage[chapter])[: found["read"]]
+            most = ", ".join(f"{chapter} ({usage[chapter]:.0%})" for chapter in order)
+            rows.append([str(layer), text, most, f"{found['entropy'][text][index]:.2f}"])
+    draw_chapters(found)
+    count = len(found["usage"][texts[0]][0])
+    told = ", ".join(
+        f"{nats:.3f} in layer {layer}" for layer, nats in zip(layers, found["mutual_information"], strict=True)
+    )
+    first, last = found["training"][0], found["training"][-1]
+    return [
+        "## Which chapters fire for which text",
+        "",
+        f"The best model of `{found['variant']}` above; {found['tokens_of_a_text']:,} tokens of each text, each of "
+        f"which reads {found['read']} of {count} chapters. Of a text the chapters that are read most, with their share "
+        "of its reads, and the mean entropy of a token's distribution over chapters (nats; at most "
+        f"ln {count}). By `examples/memory_comparison/trained.py`.",
+        "",
+        *table(["layer", "text", "chapters read most", "entropy"], rows),
+        "",
+        f"What a read's chapter tells of the text it is made in: {told} (nats, of ln {len(texts)} at most). In "
+        f"training the entropy went from {first['router_entropy']:.2f} to {last['router_entropy']:.2f}, and the share "
+        f"of the busiest chapter from {first['busiest_chapter']:.0%} to {last['busiest_chapter']:.0%} (even: "
+        f"{1 / count:.0%}).",
+        "",
+        "![Share of reads by text and chapter](bank-chapters.png)",
+        "",
+        "![Entropy and busiest chapter in training](bank-routing-in-training.png)",
+        "",
+    ]
+
+
+def draw_chapters(found: dict[str, Any]) -> None:
+    """Shares of reads by text and chapter; entropy and the busiest chapter's share by training step."""
+    layers, texts = found["layers"], list(found["usage"])
+    drawing, (panels,) = figure(1, len(layers), width=5.5, height=2.8)
+    most = max(max(shares) for text in texts for shares in found["usage"][text])
+    for index, (layer, axes) in enumerate(zip(layers, panels, strict=True)):
+        shares = [found["usage"][text][index] for text in texts]
+        image = axes.imshow(shares, vmin=0, vmax=most, aspect="auto", cmap="viridis")
+        axes.set_yticks(range(len(texts)), texts if index == 0 else [""] * len(texts), fontsize=8)
+        axes.set(title=f"layer {layer}", xlabel="chapter")
+    drawing.colorbar(image, ax=panels, label="share of reads")
+    save(drawing, DOCS / "bank-chapters.png")
+    drawing, ((entropy, busiest),) = figure(1, 2, width=4.5, height=2.8)
+    steps = [entry["step"] for entry in found["training"]]
+    for axes, key, label in (
+        (entropy, "router_entropy", "router entropy, nats"),
+        (busiest, "busiest_chapter", "share of reads of the busiest chapter"),
+    ):
+        axes.plot(steps, [entry[key] for entry in found["training"]])
+        axes.set(xlabel="step", ylabel=label)
+    save(drawing, DOCS / "bank-routing-in-training.png")
+
+
+def bits(found: list[dict[str, Any]]) -> list[str]:
+    whole = {(row["part"], row["variant"]): row for row in found if row["bits"] == MEMORY_BITS}
+    rows = []
+    for row in found:
+        full = whole[row["part"], row["variant"]]
+        rows.append(
+            [
+                f"{row['variant']} ({PARTS[row['part']].lower() if row['part'] == 'scratch' else PARTS[row['part']]})",
+                str(row["bits"]),
+                f"{row['bytes']:,}",
+                f"{full['bytes'] / row['bytes']:.2f}",
+                f"{row['loss']:.4f}",
+                f"{row['loss'] - full['loss']:+.4f}",
+            ]
+        )
+    return [
+        "## Banks in few bits",
+        "",
+        "Banks that were trained in 32 bits and made codes afterwards, scales included; loss on held-out text as "
+        "above. By `examples/memory_comparison/trained.py`.",
+        "",
+        *table(["model", "bits", "bytes of banks", "times smaller", "loss", "difference"], rows),
+        "",
+    ]
+
+
+def distributed(found: dict[str, Any]) -> list[str]:
+    rows = [
+        [
+            run["run"] + (", killed and resumed" if run["killed"] else ""),
+            f"{run['losses'][-1]:.4f}",
+            f"{run['apart']:.1e}",
+            f"{run['held_out_apart']:.1e}",
+        ]
+        for run in found["runs"]
+    ]
+    return [
+        "## One trajectory",
+        "",
+        f"Runs of {found['steps']} steps by `accelerate launch` on CPUs; the killed ones got a SIGKILL to all "
+        f"processes once the checkpoint of step {found['killed_after']} was whole. The final model is loaded in a "
+        "single process. Differences are those to the first row. By `examples/distributed/same_trajectory.py`.",
+        "",
+        *table(["run", "last loss", "most that a step's loss differs", "held-out loss differs by"], rows),
+        "",
+    ]
 
 
 def main() -> None:
     lines = ["# The bank, measured", ""]
+    compared = json.loads((DOCS / "memory_comparison.json").read_text())
+    for part in PARTS:
+        if part in compared:
+            lines += comparison(part, compared[part])
+    trained = json.loads((DOCS / "bank_trained.json").read_text())
+    lines += chapters(trained["chapters"]) + bits(trained["bits"])
     lines += cost(json.loads((DOCS / "bank_cost.json").read_text()))
-    for part, variants in json.loads((DOCS / "memory_comparison.json").read_text()).items():
-        lines += comparison(part, variants)
+    lines += distributed(json.loads((DOCS / "bank_distributed.json").read_text()))
     (DOCS / "bank_results.md").write_text("\n".join(lines).rstrip() + "\n")
 
 

@@ -39,6 +39,12 @@ SIZES: dict[str, dict[str, Any]] = {
         "normalize_qkv": False,
         "layers": [[{"dim": 8, "eps": 1e-6, "use_delta_rule": True}] * 4] * 2,
     },
+    "memory_transformer": {
+        "num_memory_tokens": 24,
+        "use_chapters": True,
+        "num_chapters": 6,
+        "top_k_chapters": 2,
+    },
     "senri": {"num_attention_heads": 2},  # a quarter of a head is rotated, and scaled rotations need two pairs of it
 }
 

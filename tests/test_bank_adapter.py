@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from models import ARCHITECTURES, MEMORY_LAYERS, SMALL, Subject, assert_close, tiny_model, tokens
+from models import ARCHITECTURES, MEMORY_LAYERS, SMALL, Subject, assert_close, perturb, tiny_model, tokens
 from peft import LoraConfig, PeftModel
 from transformers import Trainer, TrainingArguments
 
 import senri_hf
-from senri_hf import MemoryAdapterConfig
+from senri_hf import MemoryAdapterConfig, MemoryCache
 from senri_hf.adapters import quantize_bank
 from senri_hf.adapters.bank import BankBlock
 from senri_hf.configuration.bank import CAUSAL_STRATEGIES
@@ -201,6 +201,28 @@ def test_two_banks_may_act_at_once() -> None:
             for parameter in block.parameters():
                 parameter.add_(0.1)
         assert not torch.allclose(model(input_ids=ids).logits, one, atol=1e-3)
+
+
+@torch.no_grad()
+def test_a_bank_and_a_memory_of_what_was_said_act_at_once() -> None:
+    """Weights and state beside each other: what was said is known in the next conversation, and can be forgotten."""
+    model, told, ids = BANK.fresh(), tokens(1, 30, seed=7), tokens(1, 9)
+    said = MemoryAdapterConfig(mechanism="episodic", layers_to_transform=MEMORY_LAYERS, **SMALL["episodic"])
+    model.add_adapter("said", said)
+    model.base_model.set_adapter(["default", "said"])
+    perturb(model)
+    memory = MemoryCache.for_model(model)
+    model(input_ids=told, past_key_values=memory)
+    memory.clear_context()
+    after = model(input_ids=ids, past_key_values=memory).logits
+    memory.reset_memory()
+    memory.clear_context()
+    blank = model(input_ids=ids, past_key_values=memory).logits
+    assert not torch.allclose(after, blank, atol=1e-2)
+    model.base_model.set_adapter(["default"])
+    assert_close(model(input_ids=ids).logits, blank, "the bank alone")
+    with model.disable_adapter():
+        assert not torch.allclose(model(input_ids=ids).logits, blank, atol=1e-2)
 
 
 def test_a_wrong_setting_is_named() -> None:

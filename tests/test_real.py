@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 
 import senri_hf
 from senri_hf.bases import BaseUnavailableError
 from senri_hf.commands.chat import shipped_adapter
+from senri_hf.memory.bank_reader import BankAttention
 from senri_hf.tasks import recall_episodes, score_reply
 from senri_hf.training import ask, tell
 
@@ -56,3 +57,34 @@ def test_the_shipped_adapter_is_small_and_safe() -> None:
     files = {path.name: path.stat().st_size for path in adapter.iterdir()}
     assert files["adapter_model.safetensors"] <= 16e6
     assert set(files) == {"adapter_model.safetensors", "adapter_config.json", "README.md"}
+
+
+@pytest.mark.parametrize("name", [NAME, "gemma-3-270m"])
+@torch.no_grad()
+def test_a_new_bank_changes_nothing(name: str) -> None:
+    """Bit for bit; moved, its output does, and switched off it does not."""
+    try:
+        base, tokenizer = senri_hf.load_base(name, progress=False)
+    except BaseUnavailableError as error:
+        pytest.skip(str(error))
+    inputs = tokenizer("The river was low that summer.", return_tensors="pt")
+    plain = base.eval()(**inputs).logits
+    layers = [4, base.config.get_text_config(decoder=True).num_hidden_layers - 1]
+    model: Any = get_peft_model(
+        base,
+        senri_hf.MemoryAdapterConfig(
+            mechanism="bank",
+            layers_to_transform=layers,
+            num_memory_tokens=64,
+            use_chapters=True,
+            num_chapters=8,
+            top_k_chapters=2,
+        ),
+    ).eval()
+    assert torch.equal(model(**inputs).logits, plain)
+    for module in model.modules():
+        if isinstance(module, BankAttention):
+            module.o_proj.weight.normal_(std=0.1)
+    assert not torch.equal(model(**inputs).logits, plain)
+    with model.disable_adapter():
+        assert torch.equal(model(**inputs).logits, plain)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..configuration import BankConfig
 from ..configuration.bank import QUANTIZED_BITS, check_choice, lookahead_error
+from ..configuration.memory_transformer import VARIANTS
 from ..memory import MemoryLayer
 from ..memory.bank import MemoryBank, OpenBank
 from ..memory.bank_layer import BankLayer
@@ -20,7 +21,6 @@ from .config import MemoryAdapterConfig
 from .context import ForwardContext
 
 
-VARIANTS = ("A", "B")
 MLP_RATIO = 4
 
 

@@ -39,7 +39,7 @@ def cost(found: dict[str, Any]) -> list[str]:
         "## Time against the rows that are held",
         "",
         "A forward and backward pass; every token reads as many rows, whatever the bank holds. By "
-        f"`benchmarks/bank_cost.py` ({setting}), on a machine that others used too.",
+        f"`benchmarks/bank_cost.py` ({setting}), in seconds of the processor.",
         "",
         *table(["routing", "rows held", "seconds", "times the smallest", "chapters that some token read"], rows),
         "",
@@ -78,7 +78,7 @@ def comparison(part: str, found: dict[str, Any]) -> list[str]:
         f"Loss on held-out text ({trained['tokens']:,} tokens) after {trained['training_tokens']:,} training tokens "
         f"({found['steps']} steps), by `examples/memory_comparison/compare.py {part}`, which says how rates are tuned.",
         "",
-        *table(["variant", "trained parameters", "rates", "loss, mean", "of each seed", "seconds of training"], rows),
+        *table(["variant", "trained parameters", "rates", "loss, mean", "of each seed", "processor seconds"], rows),
         "",
         f"![Loss by learning rate and by variant](bank-{part}.png)",
         "",

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -383,12 +384,15 @@ def is_whole(checkpoint: Path) -> bool:
 def save(run: Run, trainer: LanguageModelTrainer) -> Path:
     """Write the final model, in `save_precision`, with its tokenizer and settings; returns its folder."""
     folder = Path(run.config.training.output_dir) / FINAL
+    scratch = folder.with_name(f".{FINAL}")
     precision = run.config.training.save_precision
     if precision is not None:
         trainer.accelerator.unwrap_model(trainer.model).to(DTYPES[precision])
-    trainer.save_model(str(folder))
+    trainer.save_model(str(scratch))
     if trainer.args.should_save:
-        write_effective(run.config, folder)
+        write_effective(run.config, scratch)
+        shutil.rmtree(folder, ignore_errors=True)
+        scratch.rename(folder)
     return folder
 
 

@@ -7,6 +7,7 @@ examples/distributed/same_trajectory.py.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -192,7 +193,7 @@ def bits(found: list[dict[str, Any]]) -> list[str]:
 def distributed(found: dict[str, Any]) -> list[str]:
     rows = [
         [
-            run["run"] + (", killed and resumed" if run["killed"] else ""),
+            run["run"] + (f", killed and resumed at step {run['resumed_at']}" if run["resumed_at"] else ""),
             f"{run['losses'][-1]:.4f}",
             f"{run['apart']:.1e}",
             f"{run['held_out_apart']:.1e}",
@@ -203,24 +204,30 @@ def distributed(found: dict[str, Any]) -> list[str]:
         "## One trajectory",
         "",
         f"Runs of {found['steps']} steps by `accelerate launch` on CPUs; the killed ones got a SIGKILL to all "
-        f"processes once the checkpoint of step {found['killed_after']} was whole. The final model is loaded in a "
-        "single process. Differences are those to the first row. By `examples/distributed/same_trajectory.py`.",
+        "processes after a checkpoint, and were resumed. The final model is loaded in a single process. Differences "
+        "are those to the first row. By `examples/distributed/same_trajectory.py`.",
         "",
         *table(["run", "last loss", "most that a step's loss differs", "held-out loss differs by"], rows),
         "",
     ]
 
 
+# What each file is, in the order of the page; what was not measured is left out.
+SECTIONS: dict[str, Callable[[Any], list[str]]] = {
+    "memory_comparison.json": lambda found: [
+        line for part in PARTS if part in found for line in comparison(part, found[part])
+    ],
+    "bank_trained.json": lambda found: chapters(found["chapters"]) + bits(found["bits"]),
+    "bank_cost.json": cost,
+    "bank_distributed.json": distributed,
+}
+
+
 def main() -> None:
     lines = ["# The bank, measured", ""]
-    compared = json.loads((DOCS / "memory_comparison.json").read_text())
-    for part in PARTS:
-        if part in compared:
-            lines += comparison(part, compared[part])
-    trained = json.loads((DOCS / "bank_trained.json").read_text())
-    lines += chapters(trained["chapters"]) + bits(trained["bits"])
-    lines += cost(json.loads((DOCS / "bank_cost.json").read_text()))
-    lines += distributed(json.loads((DOCS / "bank_distributed.json").read_text()))
+    for name, section in SECTIONS.items():
+        if (DOCS / name).exists():
+            lines += section(json.loads((DOCS / name).read_text()))
     (DOCS / "bank_results.md").write_text("\n".join(lines).rstrip() + "\n")
 
 

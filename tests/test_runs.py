@@ -560,11 +560,16 @@ def test_only_answers_are_learned(place: Path) -> None:
     assert seen.run.tokenizer.decode(learned) == "It is 0.<eos>"
 
 
-def test_a_run_says_how_it_is_to_be_started(place: Path) -> None:
+def test_a_run_says_how_it_is_to_be_started(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With another number of processes than it names; with nothing to train; without data."""
     config = RunConfig.load(None, [*settings_of(place, "new"), "num_gpus=4"])
     with pytest.raises(ValueError, match="accelerate launch --num_processes 4"):
         runs.arguments(config)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert Seen(place, "new").args.fsdp
+    with pytest.raises(ValueError, match="distributed_strategy=ddp was given"):
+        assert Seen(place, "new", "distributed_strategy=ddp").args
+    monkeypatch.delenv("ACCELERATE_USE_FSDP")
     with pytest.raises(ValueError, match="Nothing would be trained"):
         Seen(place, "base", "use_memory_adapter=false").trainer().create_optimizer()
     with pytest.raises(ValueError, match="dataset_name was not given"):

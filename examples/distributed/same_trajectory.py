@@ -11,6 +11,7 @@ routers, which are of each process's own tokens, are off.
 import argparse
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,17 +20,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from senri_hf.commands.evaluate import perplexity
 from senri_hf.training import run as runs
 
 
 ROOT = Path(__file__).parent.parent.parent
 CONFIG = ROOT / "examples" / "configs" / "base_small_cpu.yaml"
-ROWS, STEPS, KILLED_AFTER, EVALUATED = 4, 8, 4, 64
+ROWS, STEPS, EVALUATED = 4, 16, 64
 SMALL = [
     "hidden_dim=32", "num_heads=2", "num_layers=2", "intermediate_dim=64", "vocab_size=300", "max_length=32",
     "dataset_subset=dubliners", "use_load_balance_loss=false", "eval_split=null", "save_best_model=false",
-    "warmup_steps=1", "logging_steps=1", f"max_steps={STEPS}", f"save_steps={KILLED_AFTER // 2}",
+    "warmup_steps=1", "logging_steps=1", f"max_steps={STEPS}", "save_steps=2",
 ]  # fmt: skip
 LAUNCHED = [
     "-m",
@@ -44,8 +47,9 @@ LAUNCHED = [
 # Of each run: what launches it, its processes, and its settings.
 RUNS: dict[str, tuple[list[str], int, list[str]]] = {
     "one process": ([], 1, []),
-    "two processes, DDP": ([*LAUNCHED, "--cpu"], 2, ["distributed_strategy=ddp"]),
-    "two processes, FSDP2": ([*LAUNCHED, "--cpu"], 2, ["distributed_strategy=fsdp"]),
+    "two processes, DDP": ([*LAUNCHED, "--multi_gpu"], 2, ["distributed_strategy=ddp"]),
+    "two processes, FSDP2": ([*LAUNCHED, "--multi_gpu"], 2, ["distributed_strategy=fsdp"]),
+    "two processes, FSDP2 by the launcher's flag": ([*LAUNCHED, "--use_fsdp"], 2, []),
 }
 PATIENCE = 600.0
 
@@ -59,7 +63,7 @@ def start(name: str, out: Path, resumed: bool = False) -> subprocess.Popen[str]:
         *(["--resume", str(out)] if resumed else []),
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 
 def finish(name: str, run: subprocess.Popen[str]) -> None:
@@ -69,18 +73,22 @@ def finish(name: str, run: subprocess.Popen[str]) -> None:
         raise RuntimeError(f"{name} failed:\n{said[-3000:]}")
 
 
-def kill_after_checkpoint(name: str, run: subprocess.Popen[str], out: Path) -> None:
-    """Kill all processes of a run as soon as a checkpoint is whole."""
-    mark, end = out / f"checkpoint-{KILLED_AFTER}" / "trainer_state.json", time.monotonic() + PATIENCE
-    while not mark.exists():
+def kill_after_checkpoint(name: str, run: subprocess.Popen[str], out: Path) -> int:
+    """Kill all processes of a run as soon as a checkpoint is whole; the step from which it can go on."""
+    end = time.monotonic() + PATIENCE
+    while not any(runs.is_whole(place) for place in out.glob("checkpoint-*")):
         if run.poll() is not None or time.monotonic() > end:
-            finish(name, run)
-            raise RuntimeError(f"{name} was to be killed, but had ended")
+            break
         time.sleep(0.002)
-    os.killpg(run.pid, signal.SIGKILL)
-    run.communicate()
-    if (out / runs.FINAL).exists():
+    if run.poll() is None:
+        launcher = psutil.Process(run.pid)
+        for process in [launcher, *launcher.children(recursive=True)]:  # workers have sessions of their own
+            process.kill()
+        run.communicate()
+    if run.returncode != -signal.SIGKILL or (out / runs.FINAL).exists():
+        finish(name, run)
         raise RuntimeError(f"{name} was to be killed, but had ended")
+    return int(runs.checkpoint_to_resume(out).name.rpartition("-")[2])
 
 
 def losses(out: Path) -> list[float]:
@@ -99,13 +107,13 @@ def measured(name: str, folder: Path) -> list[dict[str, Any]]:
     """A run, whole and killed."""
     found = []
     for killed in (False, True):
-        out = folder / f"{name.replace(' ', '_')}_{killed}"
-        run = start(name, out)
+        out = folder / f"{re.sub('[^a-zA-Z0-9]+', '_', name)}_{killed}"
+        run, step = start(name, out), None
         if killed:
-            kill_after_checkpoint(name, run, out)
+            step = kill_after_checkpoint(name, run, out)
             run = start(name, out, resumed=True)
         finish(name, run)
-        found.append({"run": name, "killed": killed, "losses": losses(out), "held_out": held_out(out)})
+        found.append({"run": name, "resumed_at": step, "losses": losses(out), "held_out": held_out(out)})
     return found
 
 
@@ -123,12 +131,13 @@ def main() -> int:
                 one["apart"] = max(abs(ours - theirs) for ours, theirs in pairs)
                 one["held_out_apart"] = abs(one["held_out"] - measure["held_out"])
                 found.append(one)
+                what = name if one["resumed_at"] is None else f"{name}, killed and resumed at {one['resumed_at']}"
                 print(
-                    f"{name}{', killed and resumed' if one['killed'] else ''}: {one['losses'][-1]:.4f} at the end; at "
-                    f"most {one['apart']:.1e} apart in training, {one['held_out_apart']:.1e} on held-out text",
+                    f"{what}: {one['losses'][-1]:.4f} at the end; at most {one['apart']:.1e} apart in training, "
+                    f"{one['held_out_apart']:.1e} on held-out text",
                     flush=True,
                 )
-    arguments.out.write_text(json.dumps({"steps": STEPS, "killed_after": KILLED_AFTER, "runs": found}, indent=1) + "\n")
+    arguments.out.write_text(json.dumps({"steps": STEPS, "runs": found}, indent=1) + "\n")
     return int(max(max(one["apart"], one["held_out_apart"]) for one in found) > 1e-3)
 
 

@@ -63,6 +63,7 @@ class Part:
     config: str
     settings: list[str]
     steps: int
+    seeds: tuple[int, ...]
     evaluated: int  # held-out rows
     variants: dict[str, Variant]
 
@@ -100,7 +101,8 @@ PARTS = {
             f"batch_size={BATCH}", "vocab_size=512", f"memory_layer_n={LAYERS // MEMORY_LAYERS}",
             f"tokenizer_name={MODELS / 'tokenizer'}",
         ],
-        steps=160,
+        steps=96,
+        seeds=(0, 1),
         evaluated=480,
         variants={
             "dense": dense(["vanilla_mode=true"]),
@@ -115,7 +117,8 @@ PARTS = {
     "adapter": Part(
         "adapter_smollm2_cpu.yaml",
         ["max_length=64", "batch_size=2"],
-        steps=24,
+        steps=20,
+        seeds=(0,),
         evaluated=16,
         variants={
             "none": Variant(["vanilla_mode=true"], lambda *_: {}, ()),
@@ -248,14 +251,14 @@ def tokenizer_of_all() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=PARTS)
-    parser.add_argument("--steps", type=int, help="of a run: 160 from scratch, 24 in a model that exists")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--steps", type=int, help="of a run: 96 from scratch, 20 in a model that exists")
+    parser.add_argument("--seeds", type=int, nargs="+", help="0 and 1 from scratch, 0 in a model that exists")
     parser.add_argument("--out", type=Path, default=OUT)
     arguments = parser.parse_args()
     if arguments.part == "scratch":
         tokenizer_of_all()
-    steps = arguments.steps or PARTS[arguments.part].steps
-    compare(arguments.part, arguments.seeds, steps, arguments.out)
+    part = PARTS[arguments.part]
+    compare(arguments.part, arguments.seeds or list(part.seeds), arguments.steps or part.steps, arguments.out)
 
 
 if __name__ == "__main__":

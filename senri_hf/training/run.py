@@ -281,7 +281,8 @@ def arguments(config: RunConfig) -> MemoryTrainingArguments:
     """The training arguments of a run.
 
     Raises:
-        ValueError: when it was started with another number of processes than `num_gpus`.
+        ValueError: when it was started with another number of processes than `num_gpus`, or otherwise than
+            `distributed_strategy` says.
     """
     section = config.training
     processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -291,7 +292,7 @@ def arguments(config: RunConfig) -> MemoryTrainingArguments:
             f"accelerate launch --num_processes {section.num_gpus} -m senri_hf.commands.main train …"
         )
     sharding: dict[str, Any] = {}
-    if section.distributed_strategy == "fsdp":
+    if shards(config):
         sharding = {
             "fsdp": True,
             "fsdp_config": {"version": 2, "reshard_after_forward": section.fsdp_sharding_strategy == "FULL_SHARD"},
@@ -332,6 +333,16 @@ def arguments(config: RunConfig) -> MemoryTrainingArguments:
         dataloader_pin_memory=torch.accelerator.is_available(),
         **sharding,
     )
+
+
+def shards(config: RunConfig) -> bool:
+    """Whether FSDP is asked for, in the settings or by `accelerate launch --use_fsdp`."""
+    asked, launched = config.training.distributed_strategy, os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    if launched and asked == "ddp" and "distributed_strategy" in config.given:
+        raise ValueError(
+            "distributed_strategy=ddp was given, but the run was started with accelerate launch --use_fsdp"
+        )
+    return launched or asked == "fsdp"
 
 
 def trainer_of(run: Run) -> LanguageModelTrainer:

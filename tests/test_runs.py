@@ -569,6 +569,9 @@ def test_a_run_says_how_it_is_to_be_started(place: Path, monkeypatch: pytest.Mon
     assert Seen(place, "new").args.fsdp
     with pytest.raises(ValueError, match="distributed_strategy=ddp was given"):
         assert Seen(place, "new", "distributed_strategy=ddp").args
+    with pytest.raises(ValueError, match="memory_sharing=shared was given with FSDP"):
+        assert Seen(place, "base").args
+    assert Seen(place, "base", "memory_sharing=per_layer").args.fsdp
     monkeypatch.delenv("ACCELERATE_USE_FSDP")
     with pytest.raises(ValueError, match="Nothing would be trained"):
         Seen(place, "base", "use_memory_adapter=false").trainer().create_optimizer()

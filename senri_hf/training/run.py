@@ -337,12 +337,20 @@ def arguments(config: RunConfig) -> MemoryTrainingArguments:
 
 def shards(config: RunConfig) -> bool:
     """Whether FSDP is asked for, in the settings or by `accelerate launch --use_fsdp`."""
-    asked, launched = config.training.distributed_strategy, os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    memory, asked = config.memory, config.training.distributed_strategy
+    launched = os.environ.get("ACCELERATE_USE_FSDP") == "true"
     if launched and asked == "ddp" and "distributed_strategy" in config.given:
         raise ValueError(
             "distributed_strategy=ddp was given, but the run was started with accelerate launch --use_fsdp"
         )
-    return launched or asked == "fsdp"
+    if not launched and asked != "fsdp":
+        return False
+    if config.model.base_model_name is not None and memory.has_memory and memory.memory_sharing != "per_layer":
+        raise ValueError(
+            f"memory_sharing={memory.memory_sharing} was given with FSDP, which frees the weights of a layer once "
+            "it is done, those of a bank that other layers read included; use memory_sharing=per_layer, or ddp"
+        )
+    return True
 
 
 def trainer_of(run: Run) -> LanguageModelTrainer:

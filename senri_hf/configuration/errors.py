@@ -14,7 +14,7 @@ def value_errors(cls: Config) -> Config:
 
     `@strict` wraps the error of a setting into one of its own, which is no ValueError and names its validator first.
     """
-    strict_init = cls.__init__
+    strict_init = cls.__init__  # type: ignore[misc]
 
     @wraps(strict_init)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -23,5 +23,5 @@ def value_errors(cls: Config) -> Config:
         except StrictDataclassError as error:
             raise ValueError(str(error.__cause__ or error)) from error
 
-    cls.__init__ = init
+    cls.__init__ = init  # type: ignore[misc]
     return cls

@@ -7,6 +7,7 @@ examples/distributed/same_trajectory.py.
 """
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
@@ -17,6 +18,7 @@ from senri_hf.interpretability.plots import figure, save
 
 DOCS = Path(__file__).parent.parent / "docs"
 PARTS = {"scratch": "Small models from scratch", "adapter": "In SmolLM2-135M"}
+PLACES = {"scratch": "from scratch", "adapter": "in SmolLM2-135M"}
 MEMORY_BITS = 32
 
 
@@ -105,34 +107,34 @@ def draw_comparison(part: str, runs: list[dict[str, Any]], variants: list[str]) 
 
 
 def chapters(found: dict[str, Any]) -> list[str]:
-    layers, texts = found["layers"], list(found["usage"])
+    texts, count = list(found["usage"]), len(next(iter(found["usage"].values()))[0])
+    layer = max(range(len(found["layers"])), key=lambda index: found["mutual_information"][index])
     rows = []
-    for index, layer in enumerate(layers):
-        for text in texts:
-            usage = found["usage"][text][index]
-            order = sorted(range(len(usage)), key=lambda chapter: -usage[chapter])[: found["read"]]
-            most = ", ".join(f"{chapter} ({usage[chapter]:.0%})" for chapter in order)
-            rows.append([str(layer), text, most, f"{found['entropy'][text][index]:.2f}"])
+    for text in texts:
+        usage = found["usage"][text][layer]
+        order = sorted(range(count), key=lambda chapter: -usage[chapter])[: found["read"]]
+        most = ", ".join(f"{chapter} ({usage[chapter]:.0%})" for chapter in order)
+        rows.append([text, most, f"{found['entropy'][text][layer]:.2f}"])
     draw_chapters(found)
-    count = len(found["usage"][texts[0]][0])
     told = ", ".join(
-        f"{nats:.3f} in layer {layer}" for layer, nats in zip(layers, found["mutual_information"], strict=True)
+        f"{nats:.3f} in {number}" for number, nats in zip(found["layers"], found["mutual_information"], strict=True)
     )
     first, last = found["training"][0], found["training"][-1]
     return [
         "## Which chapters fire for which text",
         "",
-        f"The best model of `{found['variant']}` above; {found['tokens_of_a_text']:,} tokens of each text, each of "
-        f"which reads {found['read']} of {count} chapters. Of a text the chapters that are read most, with their share "
-        "of its reads, and the mean entropy of a token's distribution over chapters (nats; at most "
-        f"ln {count}). By `examples/memory_comparison/trained.py`.",
+        f"The memory in SmolLM2-135M above, trained on {found['trained_on']}; {found['tokens_of_a_text']:,} tokens of "
+        f"each text, each of which reads {found['read']} of {count} chapters. Of layer {found['layers'][layer]}, where "
+        "chapters tell texts apart most: the chapters that a text reads most, with their share of its reads, and the "
+        f"mean entropy of a token's distribution over chapters (nats; at most ln {count} = {math.log(count):.2f}). By "
+        "`examples/memory_comparison/trained.py`.",
         "",
-        *table(["layer", "text", "chapters read most", "entropy"], rows),
+        *table(["text", "chapters read most", "entropy"], rows),
         "",
-        f"What a read's chapter tells of the text it is made in: {told} (nats, of ln {len(texts)} at most). In "
-        f"training the entropy went from {first['router_entropy']:.2f} to {last['router_entropy']:.2f}, and the share "
-        f"of the busiest chapter from {first['busiest_chapter']:.0%} to {last['busiest_chapter']:.0%} (even: "
-        f"{1 / count:.0%}).",
+        f"What a read's chapter tells of the text it is made in, by layer: {told} (nats, of ln {len(texts)} = "
+        f"{math.log(len(texts)):.2f} at most). In training the entropy went from {first['router_entropy']:.2f} to "
+        f"{last['router_entropy']:.2f}, and the share of the busiest chapter from {first['busiest_chapter']:.0%} to "
+        f"{last['busiest_chapter']:.0%} (even: {1 / count:.0%}).",
         "",
         "![Share of reads by text and chapter](bank-chapters.png)",
         "",
@@ -144,7 +146,7 @@ def chapters(found: dict[str, Any]) -> list[str]:
 def draw_chapters(found: dict[str, Any]) -> None:
     """Shares of reads by text and chapter; entropy and the busiest chapter's share by training step."""
     layers, texts = found["layers"], list(found["usage"])
-    drawing, (panels,) = figure(1, len(layers), width=5.5, height=2.8)
+    drawing, (panels,) = figure(1, len(layers), width=max(2.4, 11.0 / len(layers)), height=2.8)
     most = max(max(shares) for text in texts for shares in found["usage"][text])
     for index, (layer, axes) in enumerate(zip(layers, panels, strict=True)):
         shares = [found["usage"][text][index] for text in texts]
@@ -169,21 +171,21 @@ def bits(found: list[dict[str, Any]]) -> list[str]:
     rows = []
     for row in found:
         full = whole[row["part"], row["variant"]]
+        held = [str(row["bits"]), f"{row['bytes']:,}", f"{full['bytes'] / row['bytes']:.2f}"]
         rows.append(
             [
-                f"{row['variant']} ({PARTS[row['part']].lower() if row['part'] == 'scratch' else PARTS[row['part']]})",
-                str(row["bits"]),
-                f"{row['bytes']:,}",
-                f"{full['bytes'] / row['bytes']:.2f}",
+                f"{row['variant']}, {PLACES[row['part']]}",
+                *(held if row["bits"] else ["memory left out", "", ""]),
                 f"{row['loss']:.4f}",
-                f"{row['loss'] - full['loss']:+.4f}",
+                f"{row['loss'] - full['loss']:+.6f}",
             ]
         )
     return [
         "## Banks in few bits",
         "",
         "Banks that were trained in 32 bits and made codes afterwards, scales included; loss on held-out text as "
-        "above. By `examples/memory_comparison/trained.py`.",
+        "above. What leaving memory out costs says how much there is to lose. By "
+        "`examples/memory_comparison/trained.py`.",
         "",
         *table(["model", "bits", "bytes of banks", "times smaller", "loss", "difference"], rows),
         "",

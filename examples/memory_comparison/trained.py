@@ -3,9 +3,9 @@
     python examples/memory_comparison/compare.py scratch      # trains the models; and adapter
     python examples/memory_comparison/trained.py              # writes docs/bank_trained.json
 
-Texts are the held-out tenths of the books that the model was trained on, and two kinds that it never saw. Chapters are
-those of the best model of its variant with the first seed, layer by layer. Bits are those of banks that were trained in
-32 and made codes afterwards.
+Texts are the held-out tenths of books, of which the memory was trained on one, documentation, and chats. Chapters are
+those of the memory in a model that exists at its best rate, layer by layer. Bits are those of banks that were trained
+in 32 and made codes afterwards.
 """
 
 import argparse
@@ -19,14 +19,14 @@ from compare import OUT, PARTS, best_folder, held_out
 from senri_hf.adapters import quantize_bank
 from senri_hf.memory.bank import MemoryBank
 from senri_hf.memory.bank_reader import BankAttention
-from senri_hf.tasks import TEXT_SOURCES
+from senri_hf.tasks.text import TEXT_SOURCES
 from senri_hf.training import run as runs
 from senri_hf.training.data import load_rows, pack_texts
 
 
-ROWS, BATCH = 64, 16
-CHAPTERED = "memory 256, 4 of 16 chapters"
-QUANTIZED = [("scratch", "memory 1024"), ("scratch", CHAPTERED), ("adapter", "memory")]
+ROWS, BATCH = 16, 4
+CHAPTERED = ("adapter", "memory")
+QUANTIZED = [("scratch", "memory 1024"), ("scratch", "memory 256, 4 of 16 chapters"), ("adapter", "memory")]
 
 
 def texts(run: runs.Run) -> dict[str, torch.Tensor]:
@@ -63,16 +63,17 @@ def mutual_information(usage: torch.Tensor) -> torch.Tensor:
 
 def chapters(out: Path) -> dict[str, Any]:
     """Usage and entropy by text and layer, and how both went in training."""
-    folder = best_folder(out, "scratch", CHAPTERED)
+    folder = best_folder(out, *CHAPTERED)
     run = runs.load_checkpoint(folder / runs.FINAL)
     found = {name: routing(run.model, ids) for name, ids in texts(run).items()}
     usage = torch.stack([of_text for of_text, _ in found.values()])
     state = json.loads(next(folder.glob("checkpoint-*/trainer_state.json")).read_text())
     logged = ("step", "router_entropy", "busiest_chapter")
     return {
-        "variant": CHAPTERED,
-        "layers": run.model.config.memory_layers,
-        "read": run.model.config.top_k_chapters,
+        "variant": CHAPTERED[1],
+        "layers": run.config.memory.layers(run.model.config.num_hidden_layers),
+        "read": run.config.memory.top_k_chapters,
+        "trained_on": run.config.training.dataset_subset,
         "tokens_of_a_text": ROWS * run.config.training.max_length,
         "usage": {name: of_text.tolist() for name, (of_text, _) in found.items()},
         "entropy": {name: entropy.tolist() for name, (_, entropy) in found.items()},
@@ -81,20 +82,32 @@ def chapters(out: Path) -> dict[str, Any]:
     }
 
 
+@torch.no_grad()
+def leave_memory_out(model: Any) -> None:
+    """Have a trained model read nothing, so that what its memory adds to the loss is seen."""
+    for module in model.modules():
+        if isinstance(module, BankAttention):
+            for parameter in module.o_proj.parameters():
+                parameter.zero_()
+
+
 def bits(out: Path) -> list[dict[str, Any]]:
-    """Bytes of a model's banks and its loss on what was held out, by bits that hold a value."""
+    """Bytes of a model's banks and its loss on what was held out, by bits, 0 for no memory; of the models there are."""
+    compared = {(part, run["variant"]) for part, found in json.loads(out.read_text()).items() for run in found["runs"]}
     found = []
-    for part, variant in QUANTIZED:
-        for held in (32, 8, 4):
+    for part, variant in [one for one in QUANTIZED if one in compared]:
+        for held in (32, 8, 4, 0):
             run = runs.load_checkpoint(best_folder(out, part, variant) / runs.FINAL)
-            if held < 32 and part == "adapter":
+            if held == 0:
+                leave_memory_out(run.model)
+            elif held < 32 and part == "adapter":
                 quantize_bank(run.model, held)
             elif held < 32:
                 run.model.quantize_memory(held)
             size = sum(module.nbytes for module in run.model.modules() if isinstance(module, MemoryBank))
             loss = held_out(run, PARTS[part])["loss"]
             found.append({"part": part, "variant": variant, "bits": held, "bytes": size, "loss": loss})
-            print(f"{part}, {variant}: {held} bits, {size:,} bytes, loss {loss:.4f}", flush=True)
+            print(f"{part}, {variant}: {held} bits, {size:,} bytes, loss {loss:.6f}", flush=True)
     return found
 
 

@@ -149,8 +149,8 @@ class TrainingSection:
             answers are learned. `"pretraining"`: text, documents packed into rows of `max_length` without seeing each
             other.
         dataset_name: `ordinary_text` (books that a package ships; `dataset_subset` names one, see
-            `senri_hf.tasks.TEXT_SOURCES`), `recall` (chats about people), a .txt, .json, .jsonl, .csv or .parquet file,
-            or a data set on the Hub.
+            `senri_hf.tasks.text.TEXT_SOURCES`), `recall` (chats about people), a .txt, .json, .jsonl, .csv or .parquet
+            file, or a data set on the Hub.
         dataset_subset, dataset_split, eval_split: Its subset and splits, in the language of `datasets`.
         text_field: The column of texts or of chat messages.
         max_length: Tokens of a row.

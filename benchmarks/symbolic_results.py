@@ -213,15 +213,17 @@ def memory_section(found: dict[str, Any]) -> list[str]:
         "",
     ]
     rows = []
-    for kind, shown in found["latents"].items():
-        for entry in shown:
+    tested = found["tested"]
+    for kind in settings["kinds"]:
+        for index, entry in enumerate(next(iter(tested.values()))["latents"][kind]):
             cells = [f"{kind.replace('_', ' ')}: {readers[entry['layer']]}, latent {entry['latent']}"]
-            for whose, shares in entry["active"].items():
-                cells += [", ".join(f"{share:.0%}" for share in shares), ", ".join(entry["answers"][whose])]
+            for of_whom in tested.values():
+                seen = of_whom["latents"][kind][index]
+                cells += [", ".join(f"{share:.0%}" for share in seen["active"]), ", ".join(seen["answers"])]
             rows.append(cells)
-    columns = [cell for whose in found["recall"] for cell in (whose, "most at")]
+    columns = [cell for whose in tested for cell in (whose, "most at")]
     lines += table(["latent", *columns], rows)
-    counts = ", ".join(f"{sum(of_layers)} of a {kind.replace('_', ' ')}" for kind, of_layers in found["chosen"].items())
+    counts = ", ".join(f"{sum(of_layers)} of a {kind}" for kind, of_layers in zip(kinds, found["chosen"], strict=True))
     lines += [
         "",
         f"Ablated are all latents that add {found['ratio']:g} times as much to the log probability of a kind's answers "
@@ -229,17 +231,17 @@ def memory_section(found: dict[str, Any]) -> list[str]:
         "autoencoders make of it without these latents. Answers of which every token is the most likely one, and nats "
         "per token of the answer:",
     ]
-    for whose, recall in found["recall"].items():
+    for whose, of_whom in tested.items():
         rows = []
-        for name, entry in recall.items():
+        for name, entry in of_whom["recall"].items():
             rows.append([name, *(f"{of['exact']:.0%} · {of['nats']:.2f}" for of in entry.values())])
         lines += ["", f"{whose.capitalize()}:", "", *table(["ablated", *kinds], rows)]
     lines += ["", "The autoencoders, on what is read for people that they were not trained with:", ""]
     rows = []
     for place, reader in zip(found["readers"], readers, strict=True):
         row = [f"`{reader}`"]
-        for entry in found["autoencoders"][place].values():
+        for entry in (of_whom["autoencoders"][place] for of_whom in tested.values()):
             row += [f"{entry['explained_variance']:.3f}", f"{entry['l0']:.1f}", f"{entry['dead']:.0%}"]
         rows.append(row)
-    measures = [f"{name}, {whose}" for whose in found["recall"] for name in ("explained variance", "L0", "dead")]
+    measures = [f"{name}, {whose}" for whose in tested for name in ("explained variance", "L0", "dead")]
     return lines + table(["reader", *measures], rows) + figures("memory")

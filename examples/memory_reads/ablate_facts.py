@@ -11,7 +11,7 @@ active about as often are the control. What is scored is whether every token of 
 the beginning of the reply, and the probability of its tokens. Changes are made at the reply only: the question is read
 as it is.
 
-Writes the autoencoders, `results.json` and two figures into `--output`.
+Writes the autoencoders, `results.json` and two figures into `--output`; parts that are there are not run again.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import set_seed
 
 import senri_hf
@@ -56,6 +57,7 @@ SHARE = 0.5
 RATIO = 2.0
 # Latents of a kind that are shown.
 PORTRAITS = 3
+LATENTS = "latents.safetensors"
 # By split of the data, the people that are tested.
 TESTED = {"train": "other people", "validation": "other people, unseen values and phrasings"}
 
@@ -303,25 +305,22 @@ def as_many_random(density: torch.Tensor, latents: list[int], seed: int) -> list
 
 
 def portraits(
-    kind: int, shares: torch.Tensor, tested: dict[str, torch.Tensor], answers: dict[str, list[tuple[str, torch.Tensor]]]
+    kind: int, shares: torch.Tensor, tested: torch.Tensor, answers: list[tuple[str, torch.Tensor]]
 ) -> list[dict[str, Any]]:
-    """The latents that tell a kind best from the others: when they are active, and at which answers most.
+    """The latents that tell a kind best from the others: when they are active for other people, at which answers most.
 
     Args:
         shares: Of the people that latents are chosen by, [kinds, layers, d_sae].
-        tested: The same of others, by split.
-        answers: By split the answers, each with its `largest`.
+        tested: The same of others.
+        answers: Of others, each with its `largest`.
     """
     others = torch.cat([shares[:kind], shares[kind + 1 :]]).amax(0)
     shown = []
     for index in (shares[kind] - others).flatten().topk(PORTRAITS).indices.tolist():
         layer, latent = divmod(index, shares.shape[-1])
-        entry: dict[str, Any] = {"layer": layer, "latent": latent, "active": {}, "answers": {}}
-        for split, of_split in tested.items():
-            entry["active"][split] = of_split[:, layer, latent].tolist()
-            ranked = sorted(answers[split], key=lambda pair: -float(pair[1][layer, latent]))
-            entry["answers"][split] = [answer for answer, of in ranked[:5] if float(of[layer, latent]) > 0]
-        shown.append(entry)
+        strengths = sorted(((float(of[layer, latent]), answer) for answer, of in answers), reverse=True)
+        most = [answer for strength, answer in strengths[:5] if strength > 0]
+        shown.append({"layer": layer, "latent": latent, "active": tested[:, layer, latent].tolist(), "answers": most})
     return shown
 
 
@@ -371,6 +370,13 @@ def main() -> None:
     add("--batch-size", type=int, default=256, help="activations of a step")
     add("--lr", type=float, default=2e-3)
     add("--controls", type=int, default=1, help="random groups for every kind")
+    add(
+        "--tested",
+        nargs="*",
+        choices=TESTED,
+        default=list(TESTED),
+        help="people to test; the others wait for another run",
+    )
     add("--seed", type=int, default=0)
     add("--output", type=Path, default=Path("checkpoints/memory-reads"))
     args = parser.parse_args()
@@ -383,66 +389,43 @@ def main() -> None:
               if name.endswith("memory_adapter.senri_block.default")]  # fmt: skip
     if not places:
         raise SystemExit(f"{args.adapter} is no memory adapter with readers")
-
-    people = remembered(model, tokenizer, args.kinds, args.people, "train", args.seed)
-    found = reads(model, places, people)
-    autoencoders = []
-    for index, place in enumerate(places):
-        autoencoders.append(train(place, torch.cat([of_places[index] for of_places in found]), args))
-        autoencoders[-1].save_pretrained(args.output / place)
-    shares = activity(autoencoders, args.kinds, people, found)
-    attributed = attributions(model, autoencoders, people, args.kinds)
-    chosen = {kind: latents_of(index, attributed) for index, kind in enumerate(args.kinds)}
-    conditions: dict[str, list[list[int]]] = {"nothing": [[] for _ in places]}
-    conditions |= {f"{kind} latents": chosen[kind] for kind in args.kinds}
-    density = torch.stack([(sae.encode(torch.cat(of_place)) > 0).double().mean(0).detach()
-                           for sae, of_place in zip(autoencoders, zip(*found, strict=True), strict=True)])  # fmt: skip
-    for kind, number in itertools.product(args.kinds, range(args.controls)):
-        conditions[f"random, like {kind} ({number + 1})"] = [
-            as_many_random(of_layer, latents, args.seed + number)
-            for of_layer, latents in zip(density, chosen[kind], strict=True)
-        ]
-
-    recall: dict[str, dict[str, Any]] = {}
-    measured: dict[str, dict[str, Any]] = {place: {} for place in places}
-    tested, answers = {}, {}
-    for split, whose in TESTED.items():
-        test = remembered(model, tokenizer, args.kinds, args.test_people, split, args.seed + 1)
-        seen = reads(model, places, test)
-        for index, (place, sae) in enumerate(zip(places, autoencoders, strict=True)):
-            quality = reconstruction_metrics(sae, [of_places[index] for of_places in seen])
-            measured[place][whose] = {name: value for name, value in quality.items() if name != "density"}
-        tested[whose] = activity(autoencoders, args.kinds, test, seen)
-        answers[whose] = [
-            (question.answer, of_person)
-            for asked, of_places in zip(test, seen, strict=True)
-            for question, of_person in zip(asked.questions, largest(autoencoders, asked, of_places), strict=True)
-        ]
-        recall[whose] = {"the memory as it is": recalled(model, test)}
-        for name, latents in conditions.items():
-            with ablated(model, autoencoders, latents):
-                recall[whose][name] = recalled(model, test)
-            shown = {k: (round(v["exact"], 2), round(v["nats"], 2)) for k, v in recall[whose][name].items()}
-            print(f"{name:28s}", shown, flush=True)
-        with nothing_read(model, places):
-            recall[whose]["all that is read"] = recalled(model, test)
-    portrayed = {kind: portraits(i, shares, tested, answers) for i, kind in enumerate(args.kinds)}
+    parts = args.output / "parts"
+    parts.mkdir(parents=True, exist_ok=True)
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    del settings["tested"]
+    if not (parts / "settings.json").exists():
+        write(parts / "settings.json", settings)
+    if json.loads((parts / "settings.json").read_text()) != settings:
+        raise SystemExit(f"{args.output} has parts of a run with other settings: name another folder, or remove it")
+    if not (parts / LATENTS).exists():
+        find(model, tokenizer, places, args, parts)
+        write(parts / "people.json", {"cpu_seconds": time.process_time() - began})
+    for split in args.tested:
+        if not (parts / f"{split}.json").exists():
+            began = time.process_time()
+            found = test(model, tokenizer, places, args, parts, split)
+            write(parts / f"{split}.json", found | {"cpu_seconds": time.process_time() - began})
+    names = ["people", *TESTED]
+    if not all((parts / f"{name}.json").exists() for name in names):
+        return
+    every = {name: json.loads((parts / f"{name}.json").read_text()) for name in names}
+    tensors = load_file(parts / LATENTS)
     result: dict[str, Any] = {
-        "settings": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
+        "settings": settings,
         "readers": places,
         "ratio": RATIO,
-        "attributed": {kind: of.clamp_min(0).sum(-1).tolist() for kind, of in zip(args.kinds, attributed, strict=True)},
-        "autoencoders": measured,
-        "recall": recall,
-        "chosen": {kind: [len(of_layer) for of_layer in latents] for kind, latents in chosen.items()},
-        "latents": portrayed,
-        "cpu_seconds": time.process_time() - began,
+        "attributed": tensors["attributed"].clamp_min(0).sum(-1).tolist(),
+        "chosen": [
+            [len(of_layer) for of_layer in latents_of(i, tensors["attributed"])] for i in range(len(args.kinds))
+        ],
+        "tested": {whose: every[split] for split, whose in TESTED.items()},
+        "cpu_seconds": sum(part["cpu_seconds"] for part in every.values()),
     }
-    (args.output / "results.json").write_text(json.dumps(result, indent=1) + "\n")
+    write(args.output / "results.json", result)
     for split, whose in TESTED.items():
         plots.matrix(
-            [[entry[kind]["exact"] for kind in args.kinds] for entry in recall[whose].values()],
-            list(recall[whose]),
+            [[entry[kind]["exact"] for kind in args.kinds] for entry in every[split]["recall"].values()],
+            list(every[split]["recall"]),
             [kind.replace("_", " ") for kind in args.kinds],
             args.output / f"recall-{split}.png",
             label=f"answers recalled, {whose}",
@@ -450,6 +433,72 @@ def main() -> None:
             y_label="ablated in what is read",
         )
     print(f"{args.output}")
+
+
+def find(model: Any, tokenizer: Any, places: Sequence[str], args: argparse.Namespace, parts: Path) -> None:
+    """Train the autoencoders, and find what their latents are active at and add to."""
+    people = remembered(model, tokenizer, args.kinds, args.people, "train", args.seed)
+    found = reads(model, places, people)
+    autoencoders = []
+    for index, place in enumerate(places):
+        autoencoders.append(train(place, torch.cat([of_places[index] for of_places in found]), args))
+        autoencoders[-1].save_pretrained(args.output / place)
+    with torch.no_grad():
+        density = [(sae.encode(torch.cat(of_place)) > 0).double().mean(0)
+                   for sae, of_place in zip(autoencoders, zip(*found, strict=True), strict=True)]  # fmt: skip
+    tensors = {
+        "shares": activity(autoencoders, args.kinds, people, found),
+        "attributed": attributions(model, autoencoders, people, args.kinds),
+        "density": torch.stack(density),
+    }
+    save_file(tensors, parts / f"{LATENTS}.tmp")
+    (parts / f"{LATENTS}.tmp").replace(parts / LATENTS)
+
+
+def test(
+    model: Any, tokenizer: Any, places: Sequence[str], args: argparse.Namespace, parts: Path, split: str
+) -> dict[str, Any]:
+    """Recall of people of a split with latents ablated, and how the autoencoders do on what is read for them."""
+    tensors = load_file(parts / LATENTS)
+    autoencoders = [SparseAutoencoder.from_pretrained(args.output / place).eval() for place in places]
+    chosen = [latents_of(index, tensors["attributed"]) for index in range(len(args.kinds))]
+    conditions: dict[str, list[list[int]]] = {"nothing": [[] for _ in places]}
+    conditions |= {f"{kind} latents": latents for kind, latents in zip(args.kinds, chosen, strict=True)}
+    for number, (kind, latents) in itertools.product(range(args.controls), zip(args.kinds, chosen, strict=True)):
+        name = f"random, like {kind}" + (f" ({number + 1})" if args.controls > 1 else "")
+        conditions[name] = [
+            as_many_random(of_layer, of_kind, args.seed + number)
+            for of_layer, of_kind in zip(tensors["density"], latents, strict=True)
+        ]
+    asked = remembered(model, tokenizer, args.kinds, args.test_people, split, args.seed + 1)
+    seen = reads(model, places, asked)
+    measured = {}
+    for index, (place, sae) in enumerate(zip(places, autoencoders, strict=True)):
+        quality = reconstruction_metrics(sae, [of_places[index] for of_places in seen])
+        measured[place] = {name: value for name, value in quality.items() if name != "density"}
+    shares = activity(autoencoders, args.kinds, asked, seen)
+    answers = [
+        (question.answer, of_person)
+        for of_kind, of_places in zip(asked, seen, strict=True)
+        for question, of_person in zip(of_kind.questions, largest(autoencoders, of_kind, of_places), strict=True)
+    ]
+    recall = {"the memory as it is": recalled(model, asked)}
+    for name, latents in conditions.items():
+        with ablated(model, autoencoders, latents):
+            recall[name] = recalled(model, asked)
+        shown = {kind: (round(of["exact"], 2), round(of["nats"], 2)) for kind, of in recall[name].items()}
+        print(f"{name:28s}", shown, flush=True)
+    with nothing_read(model, places):
+        recall["all that is read"] = recalled(model, asked)
+    portrayed = {kind: portraits(i, tensors["shares"], shares, answers) for i, kind in enumerate(args.kinds)}
+    return {"recall": recall, "autoencoders": measured, "latents": portrayed}
+
+
+def write(path: Path, found: Any) -> None:
+    """Write JSON, under another name first."""
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text(json.dumps(found, indent=1) + "\n")
+    scratch.replace(path)
 
 
 if __name__ == "__main__":

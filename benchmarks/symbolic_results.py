@@ -226,10 +226,9 @@ def memory_section(found: dict[str, Any]) -> list[str]:
     counts = ", ".join(f"{sum(of_layers)} of a {kind}" for kind, of_layers in zip(kinds, found["chosen"], strict=True))
     lines += [
         "",
-        f"Ablated are all latents that add {found['ratio']:g} times as much to the log probability of a kind's answers "
-        f"as to that of any other kind's (gradient times activation): {counts}. What is read then is what the "
-        "autoencoders make of it without these latents. Answers of which every token is the most likely one, and nats "
-        "per token of the answer:",
+        "Ablated are all latents that add more to the log probability of a kind's answers than to that of any other "
+        f"kind's (gradient times activation): {counts}. What is read then is what the autoencoders make of it without "
+        "these latents. Answers of which every token is the most likely one, and nats per token of the answer:",
     ]
     for whose, of_whom in tested.items():
         rows = []

@@ -53,8 +53,6 @@ ROWS = 16
 IGNORED = -100
 # Share of latents at which gradients are taken: with all of them the answer is sure, and no single one is missed.
 SHARE = 0.5
-# A latent is of a kind when it adds so many times as much to its answers as to those of any other.
-RATIO = 2.0
 # Latents of a kind that are shown.
 PORTRAITS = 3
 LATENTS = "latents.safetensors"
@@ -287,13 +285,13 @@ def scaled_down(sae: SparseAutoencoder, kept: list[Any]) -> Any:
 
 
 def latents_of(kind: int, attributed: torch.Tensor) -> list[list[int]]:
-    """The latents of every layer that add `RATIO` times as much to a kind's answers as to those of any other.
+    """The latents of every layer that add more to a kind's answers than to those of any other.
 
     Args:
         attributed: [kinds, layers, d_sae], see `attributions`.
     """
     others = torch.cat([attributed[:kind], attributed[kind + 1 :]]).amax(0).clamp_min(0)
-    of_kind = attributed[kind] > RATIO * others
+    of_kind = attributed[kind] > others
     return [of_layer.nonzero()[:, 0].tolist() for of_layer in of_kind]
 
 
@@ -413,7 +411,6 @@ def main() -> None:
     result: dict[str, Any] = {
         "settings": settings,
         "readers": places,
-        "ratio": RATIO,
         "attributed": tensors["attributed"].clamp_min(0).sum(-1).tolist(),
         "chosen": [
             [len(of_layer) for of_layer in latents_of(i, tensors["attributed"])] for i in range(len(args.kinds))

@@ -266,6 +266,6 @@ def fallen(kinds: list[str], recalls: dict[str, dict[str, Any]]) -> list[str]:
         *table(["ablated", "recall lost of that kind", "of the others"], rows),
         "",
         "A part of the recall goes, not all of it: what an answer needs is also in latents that several kinds share. "
-        "With values that the autoencoders never saw the latents still fire for their kind, but less of what is read is "
-        "explained, and the ablation is less selective. One seed, and few people: a point of recall is not sure.",
+        "With values that the autoencoders never saw the latents still fire for their kind, but less of what is read "
+        "is explained, and the ablation is less selective. One seed, and few people: a point of recall is not sure.",
     ]

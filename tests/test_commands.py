@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -291,7 +292,11 @@ class Terminal:
         self.master, slave = pty.openpty()
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "dumb"}
         command = [sys.executable, "-m", "senri_hf.commands.main", *arguments]
-        self.process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, env=environment)
+        # A test run in the background of a shell ignores interrupts, which its children would inherit.
+        heeded = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        self.process = subprocess.Popen(
+            command, stdin=slave, stdout=slave, stderr=slave, env=environment, preexec_fn=heeded
+        )
         os.close(slave)
         self.seen = ""
 

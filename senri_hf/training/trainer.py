@@ -131,7 +131,7 @@ class MemoryTrainer(Trainer):
                     for scores in memory.take_conversation_scores()
                     if bool(conversation["told_ago"].any())
                 ]
-                judged = conversation["judged"][:, columns + 1].bool()
+                judged = conversation["judged"][:, columns + 1].bool() if "judged" in conversation else labelled
                 right = ((logits.argmax(-1) == target) | ~judged).all(1).float()
                 exact.append(right.masked_fill(~judged.any(1), torch.nan))
             memory.clear_context()

@@ -117,7 +117,7 @@ def memory(adapter: Path) -> dict[str, Any]:
 
 
 def saelens() -> dict[str, Any]:
-    """The autoencoder of SmolLM2-135M as sae-lens reads it, on real held-out text: its numbers and ours."""
+    """The autoencoder of SmolLM2-135M as sae-lens reads it, on real text: its numbers and ours."""
     import sae_lens
     import torch
 

@@ -267,5 +267,7 @@ def fallen(kinds: list[str], recalls: dict[str, dict[str, Any]]) -> list[str]:
         "",
         "A part of the recall goes, not all of it: what an answer needs is also in latents that several kinds share. "
         "With values that the autoencoders never saw the latents still fire for their kind, but less of what is read "
-        "is explained, and the ablation is less selective. One seed, and few people: a point of recall is not sure.",
+        "is explained, and the ablation is hardly selective: recall of other kinds falls too. Most latents that are "
+        "ever active belong to one of the kinds, so those drawn at random are mostly other kinds', whose recall they "
+        "take. One seed, and few people: a point of recall is not sure.",
     ]

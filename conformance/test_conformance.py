@@ -54,6 +54,9 @@ WITHOUT_ATTENTION = {"tensor_memory"}
 # Test (of one model type, or of all under "*") and why it does not hold.
 KNOWN: dict[str, dict[str, str]] = {
     "*": {"test_generation_tester_mixin_inheritance": "the archive does not hold the tests that it asks for"},
+    "memory_transformer": {
+        "test_batching_equivalence": "what routers did is a statistic of the whole batch",
+    },
     "senri": {"test_attention_outputs": "a memory layer has no attention weights: there are fewer than layers"},
 }
 

@@ -169,22 +169,23 @@ def test_a_token_never_reads_the_future(kind: str) -> None:
 
 @every_kind
 def test_gradients_are_the_same_with_checkpointing(kind: str) -> None:
-    """Of layers, of reads, of both, of none; router losses included."""
+    """Of layers, reentrant or not, of reads, of both, of none; router losses included."""
     ids = tokens(2, 10)
-    found: dict[tuple[bool, bool], dict[str, Tensor]] = {}
-    for layers in (False, True):
+    found: dict[tuple[bool | None, bool], dict[str, Tensor]] = {}
+    for reentrant in (None, False, True):
         for reads in (False, True):
-            model = build(**KINDS[kind], memory_gradient_checkpointing=reads).train()
-            if layers:
-                model.activation_checkpointing_enable()
+            model = build(**KINDS[kind], memory_gradient_checkpointing=reads, load_balance_coefficient=1.0).train()
+            if reentrant is not None:
+                model.activation_checkpointing_enable({"use_reentrant": reentrant})
             model(ids, labels=ids).loss.backward()
-            found[layers, reads] = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+            found[reentrant, reads] = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    plain = found[None, False]
     for way, gradients in found.items():
-        assert gradients.keys() == found[False, False].keys()
+        assert gradients.keys() == plain.keys()
         for name, gradient in gradients.items():
-            assert_close(gradient, found[False, False][name], f"{name} {way}")
+            assert_close(gradient, plain[name], f"{name} {way}")
     if kind != "vanilla":
-        assert any("memory_banks" in name for name in found[False, False])
+        assert any("memory_banks" in name for name in plain)
 
 
 @torch.no_grad()

@@ -107,7 +107,11 @@ class MemoryTransformerDecoderLayer(GradientCheckpointingLayer):
         memory_pass: MemoryPass | None = None,
         memory_layer: BankLayer | None = None,
         **kwargs: Any,
-    ) -> tuple[Tensor, RouterRecord | None]:
+    ) -> tuple[Tensor, *tuple[Tensor, ...]]:
+        """The residual stream [B, T, D], and with chapters the parts of what the router did.
+
+        The parts stand one by one: reentrant checkpointing sees no tensor that is nested deeper.
+        """
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + self.dropout(attended)
         record = None
@@ -118,7 +122,7 @@ class MemoryTransformerDecoderLayer(GradientCheckpointingLayer):
             hidden_states, record = self.read_memory(hidden_states, bank, memory_pass, memory_layer)
             second = self.post_memory_mlp(self.post_memory_layernorm(hidden_states))
             hidden_states = hidden_states + self.dropout(second)
-        return hidden_states, record
+        return hidden_states, *(record or ())
 
     def read_memory(
         self,
@@ -257,7 +261,7 @@ class MemoryTransformerModel(MemoryTransformerPreTrainedModel):
         records: list[RouterRecord] = []
         hidden_states = self.embed_dropout(inputs_embeds)
         for index, layer in enumerate(self.layers):
-            hidden_states, record = layer(
+            hidden_states, *record = layer(
                 hidden_states,
                 bank=banks[self.bank_of_layer[index]] if index in self.bank_of_layer else None,
                 memory_pass=memory_pass,
@@ -269,8 +273,8 @@ class MemoryTransformerModel(MemoryTransformerPreTrainedModel):
                 use_cache=use_cache,
                 **kwargs,
             )
-            if record is not None:
-                records.append(record)
+            if record:
+                records.append(RouterRecord(*record))
         if isinstance(past_key_values, MemoryCache):
             past_key_values.note_tokens(input_ids)
         output = MemoryModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)

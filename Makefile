@@ -48,8 +48,9 @@ demo: weights
 
 train-demo: weights
 	HF_HUB_OFFLINE=1 $(TRAIN) --model smollm2-135m-instruct --memory-layers 11,14,17,20,23,26 --rank 32 --lr 2e-3 \
+	  --buffer-slots 128 --store-slots 512 --z-score-threshold 0.25 \
 	  --gate-lr-multiplier 10 --topic-steps 120 --keep-every 5 --prose-every 4 --batch-size 8 --grad-accum 1 \
-	  --num-train 2560 --num-val 48 --epochs 1 --eval-every 80 --save-every 40 \
+	  --num-train 3840 --num-val 24 --epochs 1 --eval-every 160 --save-every 40 \
 	  --checkpoint-dir checkpoints/smollm2-135m-instruct --resume-if-begun
 
 train-gemma: weights gemma

@@ -25,7 +25,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import senri_hf
 from senri_hf.adapters import save_adapter
-from senri_hf.tasks import distractor_conversations, recall_episodes, training_mixture
+from senri_hf.tasks import recall_episodes, training_mixture
 from senri_hf.tasks.text import ordinary_text
 
 
@@ -55,6 +55,7 @@ def parse() -> argparse.Namespace:
     add("--max-steps", type=int, default=-1, help="stop after this many steps, whatever the epochs")
     add("--buffer-slots", type=int, default=256, help="slots of the short-term buffer")
     add("--store-slots", type=int, default=128, help="slots of the surprise-gated store")
+    add("--z-score-threshold", type=float, default=1.0, help="deviations above the mean from which a token is stored")
     add("--rank", type=int, default=16, help="rank of the trained change of the layers' own attention; 0: full copies")
     add("--topic-steps", type=int, default=0, help="steps before the first that only learn to tell conversations apart")
     add("--init", choices=("base_attention", "zero"), default="base_attention", help="what the memory read starts from")
@@ -62,7 +63,7 @@ def parse() -> argparse.Namespace:
         "--keep-every",
         type=int,
         default=3,
-        help="in every N-th episode small talk is to stay as without memory; 0: in none",
+        help="in every N-th episode a reply to small talk or to something told stays as without memory; 0: in none",
     )
     add(
         "--prose-every",
@@ -84,20 +85,20 @@ def parse() -> argparse.Namespace:
 def training_episodes(task: str, count: int, seed: int, keep_every: int, prose_every: int) -> list[dict]:
     """Episodes as lists of conversations.
 
-    In every `keep_every`-th the last small talk, and in every `prose_every`-th a piece of prose before the questions,
-    is to stay as without memory.
+    What is said in one told conversation of every `keep_every`-th, with others before it, and a piece of prose before
+    the questions of every `prose_every`-th, is to stay as without memory.
     """
     if task == "names":
         episodes = recall_episodes(count, split="train", relations="name", seed=seed)
     else:
         episodes = list(itertools.islice(training_mixture(seed, TELLINGS), count))
-    ordinary = {conversation[0]["content"] for conversation in distractor_conversations("train")}
+    chance = random.Random(seed)
     rows = []
     for index, episode in enumerate(episodes):
         conversations = [[dict(message) for message in conversation] for conversation in episode.conversations]
-        if keep_every and index % keep_every == 0:
-            for conversation in [c for c in conversations if c[0]["content"] in ordinary][-1:]:
-                conversation[-1]["keep"] = True
+        if keep_every and index % keep_every == 0 and len(episode.told) > 1:
+            for message in conversations[chance.randrange(1, len(episode.told))]:
+                message["keep"] = message["role"] == "assistant"
         rows.append({"conversations": conversations, "length": len(conversations)})
     if prose_every:
         for index, text in zip(range(0, count, prose_every), prose(seed), strict=False):
@@ -196,6 +197,7 @@ def main() -> None:
         layers_to_transform=layers,
         buffer_slots=args.buffer_slots,
         store_slots=args.store_slots,
+        z_score_threshold=args.z_score_threshold,
         init=args.init,
         rank=args.rank or None,
     )

@@ -17,6 +17,8 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
+from .invented import Inventor
+
 
 Message = dict[str, Any]
 Conversation = list[Message]
@@ -26,8 +28,13 @@ RELATION_SPLITS = ("train", "held_out")
 NAME_RELATION = "name"
 # How many facts an episode of the training mixture tells, each as likely.
 FACTS_TOLD = (1, 1, 2, 3, 4, 5, 7, 10)
-# How often the training mixture asks in a way that does not say in which words to reply.
+# How many distractor conversations it puts between them, in four episodes of ten.
+DISTRACTORS_BETWEEN = (1, 2, 4, 8, 20)
+# How often it asks in a way that does not say in which words to reply.
 OBLIQUE_SHARE = 0.4
+# Values of the training mixture that are made up, for every value that is not; these categories have none.
+INVENTED_SHARE = 0.6
+CLOSED_CATEGORIES = ("job", "month", "number", "weekday")  # "a baker", "an actor": the article would not fit
 
 _SENTENCE_START = re.compile(r"(?:^|[.!?]\s+)\{v\}")
 _ARTICLE = re.compile(r"^(?:an?|the)\s+")
@@ -178,13 +185,31 @@ def _draw_value(
     """
     pool = load_data()["values"][relation["category"]][split]
     if tellings is not None:
-        most = tellings * (8 if relation["key"] == NAME_RELATION else 1)
-        pool = random.Random(relation["key"]).sample(pool, min(most, len(pool)))
+        pool = _values_told(relation["key"], relation["category"], tellings)
     for value in sorted(rng.sample(pool, len(pool)), key=lambda value: value in earlier):
         bare = _ARTICLE.sub("", _normal(value))
         if not any(_overlap(value, other) for other in used) and not any(_contains(text, bare) for text in texts):
             return str(value)
     return None
+
+
+@cache
+def _values_told(key: str, category: str, tellings: int) -> list[str]:
+    """The few values of a relation in the training mixture: some of its category's, and made-up ones."""
+    chance = random.Random(key)
+    known = load_data()["values"][category]["train"]
+    most = tellings * (8 if key == NAME_RELATION else 1)
+    told = chance.sample(known, min(most, len(known)))
+    if category in CLOSED_CATEGORIES:
+        return told
+    return [*told, *_inventor().values(known, round(INVENTED_SHARE * len(told)), chance)]
+
+
+@cache
+def _inventor() -> Inventor:
+    values = load_data()["values"]
+    train, validation = ([v for category in values.values() for v in category[split]] for split in SPLITS)
+    return Inventor(like=train, avoid=validation)
 
 
 def _fixed_words(relation: dict[str, Any]) -> list[str]:
@@ -333,12 +358,13 @@ def training_mixture(seed: int = 0, tellings: int | None = None) -> Iterator[Epi
     """Endless varied training episodes, the same for the same seed.
 
     One to ten facts, few oftener than many, sometimes several in a conversation; three in ten with a correction, four
-    in ten with one, two, three or eight distractors, about a third with the user's name among the facts; two
-    questions, where there are two facts.  Four in ten questions are oblique: they do not hold the words of a reply
+    in ten with one to twenty distractors, about a third with the user's name among the facts; two questions, where
+    there are two facts.  Four in ten questions are oblique: they do not hold the words of a reply
     ("What keeps me awake with the light on?"), so the reply does not take them up ("You told me: Emma.").
 
-    With ``tellings`` every relation has at most that many values (the user's name eight times as many) and a value is
-    always told in the same words: conversations come again in other company, and need not be read again to train.
+    With ``tellings`` every relation has at most that many values (the user's name eight times as many), and for ten of
+    them six that are made up and can only be copied; a value is always told in the same words: conversations come
+    again in other company, and need not be read again to train.
     """
     if tellings is not None:
         _check_count("tellings", tellings, 12)
@@ -353,7 +379,7 @@ def training_mixture(seed: int = 0, tellings: int | None = None) -> Iterator[Epi
         if not _room(chosen):  # more facts about weekdays, say, than there are weekdays
             continue
         together = rng.randint(2, facts) if facts > 1 and rng.random() < 0.15 else 1
-        distractors = rng.choice((1, 2, 3, 8)) if rng.random() < 0.4 else 0
+        distractors = rng.choice(DISTRACTORS_BETWEEN) if rng.random() < 0.4 else 0
         yield _build(
             rng,
             chosen,

@@ -182,7 +182,7 @@ def test_a_mixture_of_few_tellings_tells_the_same_again_in_other_company() -> No
     episodes = list(itertools.islice(training_mixture(1, tellings=12), 300))
     told = [repr(conversation) for episode in episodes for conversation in episode.told]
     assert len(set(told)) < 0.85 * len(told)
-    assert len({repr(episode.told) for episode in episodes}) == len(episodes)
+    assert len({repr(episode.told) for episode in episodes}) > 0.95 * len(episodes)
 
 
 def test_made_up_values_of_few_tellings_can_only_be_copied() -> None:

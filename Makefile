@@ -46,12 +46,18 @@ test: lint weights
 demo: weights
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/name_recall/demo.py
 
+# Two stretches: a small memory that is quick to write, then a larger one that holds more conversations.
+SMOLLM2_TRAINING := $(TRAIN) --model smollm2-135m-instruct --memory-layers 11,14,17,20,23,26 --rank 32 \
+  --gate-lr-multiplier 10 --keep-every 5 --prose-every 4 --batch-size 8 --grad-accum 1 --epochs 1 --num-val 24 \
+  --resume-if-begun
+SMOLLM2_CHECKPOINTS := checkpoints/smollm2-135m-instruct
+
 train-demo: weights
-	HF_HUB_OFFLINE=1 $(TRAIN) --model smollm2-135m-instruct --memory-layers 11,14,17,20,23,26 --rank 32 --lr 2e-3 \
-	  --buffer-slots 128 --store-slots 512 --z-score-threshold 0.25 \
-	  --gate-lr-multiplier 10 --topic-steps 120 --keep-every 5 --prose-every 4 --batch-size 8 --grad-accum 1 \
-	  --num-train 3840 --num-val 24 --epochs 1 --eval-every 160 --save-every 40 \
-	  --checkpoint-dir checkpoints/smollm2-135m-instruct --resume-if-begun
+	HF_HUB_OFFLINE=1 $(SMOLLM2_TRAINING) --lr 2e-3 --topic-steps 120 --num-train 2560 --eval-every 160 --save-every 40 \
+	  --checkpoint-dir $(SMOLLM2_CHECKPOINTS)/first
+	HF_HUB_OFFLINE=1 $(SMOLLM2_TRAINING) --from-adapter $(SMOLLM2_CHECKPOINTS)/first/final --lr 1e-3 --topic-steps 20 \
+	  --buffer-slots 64 --store-slots 448 --z-score-threshold 0.25 --num-train 1760 --seed 1 --eval-every 110 \
+	  --save-every 20 --checkpoint-dir $(SMOLLM2_CHECKPOINTS)
 
 train-gemma: weights gemma
 	HF_HUB_OFFLINE=1 $(TRAIN) --model gemma-3-270m --memory-layers 5,7,9,11,13,15 --rank 32 --lr 2e-3 \

@@ -22,7 +22,7 @@ EPISODES = 50
 # The memory as it was trained, without its long-term part, and with the other measure of surprise.
 MEMORIES: dict[str, dict[str, Any]] = {
     "buffer and store": {},
-    "buffer alone": {"store_slots": 0},
+    "buffer alone, of 256 slots": {"buffer_slots": 256, "store_slots": 0},
     "buffer and store, surprise = nll": {"surprise": "nll"},
 }
 

@@ -18,6 +18,7 @@ from senri_hf.commands.chat import shipped_adapter
 
 HERE, DOCS = Path(__file__).parent, Path(__file__).parents[1] / "docs"
 MODELS = ("smollm2-135m-instruct", "gemma-3-270m")
+TARGETS = {"smollm2-135m-instruct": "demo", "gemma-3-270m": "gemma"}
 BENCHMARKS = ("recall", "perplexity", "forgetting", "speed")
 
 
@@ -120,6 +121,17 @@ def forgetting_section(found: dict[str, Any], model: str) -> list[str]:
     return lines + [f"| {name} | " + " | ".join(map(percent, exact)) + " |" for name, exact in found["exact"].items()]
 
 
+def training_section(model: str) -> list[str]:
+    """What the shipped adapter's training took, where it is known."""
+    adapter = shipped_adapter(model)
+    path = adapter / "training_cost.json" if adapter else None
+    if path is None or not path.exists():
+        return []
+    cost = json.loads(path.read_text())
+    minutes = f"{cost['steps']} optimizer steps, {cost['seconds'] / 60:.0f} minutes with {cost['threads']} threads"
+    return ["", "### Training", "", f"{minutes}, by `make train-{TARGETS[model]}`."]
+
+
 def flat_table(found: dict[str, Any]) -> list[str]:
     lines = ["| | |", "|---|---|"]
     for name, value in found.items():
@@ -150,6 +162,7 @@ def write(path: Path) -> None:
             lines += ["", "### Recall", "", f"`{command}`. A suite of it that has no row here was not run.", ""]
             lines += recall_table(sections["recall"])
             lines += ["", "Some answers that were wrong:", "", *wrong_answers(sections["recall"])]
+        lines += training_section(model)
         if sections["forgetting"]:
             lines += forgetting_section(sections["forgetting"], model)
             lines += ["", "### What the surprise gate kept", *gate_tables(sections["forgetting"]["kept"])]

@@ -11,6 +11,7 @@ import itertools
 import json
 import logging
 import random
+import shutil
 import textwrap
 import time
 from collections.abc import Iterator
@@ -146,6 +147,36 @@ class History(TrainerCallback):
             save(model, self.folder / "best", self.license)
 
 
+class Cost(TrainerCallback):
+    """Keeps `training_cost.json`: steps and seconds, with those before a resume and of `--from-adapter`."""
+
+    NAME = "training_cost.json"
+
+    def __init__(self, folder: Path, begun_from: Path | None) -> None:
+        self.path = folder / self.NAME
+        self.before = self.read(begun_from) if begun_from else {"steps": 0, "seconds": 0.0}
+        self.earlier = self.start = 0.0
+
+    @classmethod
+    def read(cls, folder: Path) -> dict[str, float]:
+        path = folder / cls.NAME
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"steps": 0, "seconds": 0.0}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step:  # resumed
+            self.earlier = self.read(self.path.parent)["seconds"] - self.before["seconds"]
+        self.start = time.perf_counter()
+
+    def on_save(self, args, state, control, **kwargs):
+        seconds = self.before["seconds"] + self.earlier + time.perf_counter() - self.start
+        found = {"steps": self.before["steps"] + state.global_step, "seconds": round(seconds, 1)}
+        scratch = self.path.with_suffix(".tmp")
+        scratch.write_text(json.dumps(found | {"threads": torch.get_num_threads()}) + "\n", encoding="utf-8")
+        scratch.replace(self.path)
+
+    on_train_end = on_save
+
+
 def plot(history: list[dict], path: Path) -> None:
     """Loss and validation accuracy against steps."""
     import matplotlib
@@ -205,6 +236,7 @@ def main() -> None:
     if args.from_adapter:
         set_peft_model_state_dict(model, load_peft_weights(args.from_adapter, device="cpu"))
     model.print_trainable_parameters()
+    cost = Cost(args.checkpoint_dir, args.from_adapter)
     trainer = senri_hf.MemoryTrainer(
         model=model,
         args=senri_hf.MemoryTrainingArguments(
@@ -238,7 +270,7 @@ def main() -> None:
         ),
         eval_dataset=Dataset.from_list(validation_episodes(args.task, args.num_val, args.seed + 1)),
         data_collator=senri_hf.EpisodeCollator(tokenizer),
-        callbacks=[History(args.checkpoint_dir, args.license)],
+        callbacks=[History(args.checkpoint_dir, args.license), cost],
     )
     last = get_last_checkpoint(str(args.checkpoint_dir))
     if args.resume == "last" and last is None:
@@ -246,6 +278,7 @@ def main() -> None:
     resume = last if args.resume == "last" or args.resume_if_begun else args.resume
     trainer.train(resume_from_checkpoint=resume)
     save(model, args.checkpoint_dir / "final", args.license)
+    shutil.copy(cost.path, args.checkpoint_dir / "final" / cost.NAME)
     print(
         f"The adapter is in {args.checkpoint_dir / 'final'}, the best by validation in {args.checkpoint_dir / 'best'}"
     )

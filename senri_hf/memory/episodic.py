@@ -88,8 +88,8 @@ class EpisodicState(RowState):
 
 def cosine(tokens: Tensor, slots: Tensor) -> Tensor:
     """Cosine similarity of tokens [B, S, D] and slots [B, N, D]: [B, S, N]; 0 for a zero vector."""
-    unit = torch.nn.functional.normalize
-    return unit(tokens, dim=-1) @ unit(slots, dim=-1).transpose(1, 2)
+    length = torch.linalg.vector_norm(slots, dim=-1).clamp_min(1e-12)
+    return torch.nn.functional.normalize(tokens, dim=-1) @ slots.transpose(1, 2) / length[:, None]
 
 
 def running_statistics(state: EpisodicState, surprise: Tensor, valid: Tensor, alpha: float) -> tuple[Tensor, ...]:
@@ -186,19 +186,18 @@ def consolidate(
     surprising = surprise > -torch.inf
 
     # Updates: for every slot the most surprising token that is the same thing.
-    candidate = torch.where(
-        (surprising & same)[..., None] & (slot[..., None] == torch.arange(config.store_slots, device=slot.device)),
-        surprise[..., None],
-        -torch.inf,
-    )
-    strongest, token = candidate.max(1)  # [B, M]
-    update = strongest > state.surprise.masked_fill(~state.live_store(), torch.inf)
+    known = surprising & same
+    rival = (slot[:, :, None] == slot[:, None]) & known[:, None]  # [B, S, S]
+    best = torch.where(rival, surprise[:, None], -torch.inf).argmax(-1)
+    update = known & (best == torch.arange(hidden.shape[1], device=slot.device))
+    update = update & (surprise > state.surprise.gather(1, slot))
+    updated = slot.masked_fill(~update, config.store_slots)
     state = replace(
         state,
-        store=torch.where(update[..., None], take(hidden, token), state.store),
-        surprise=torch.where(update, strongest, state.surprise),
-        store_age=state.store_age.masked_fill(update, 0),
-        tag=torch.where(update, number.gather(1, token), state.tag),
+        store=put(state.store, updated, hidden),
+        surprise=put(state.surprise, updated, surprise),
+        store_age=put(state.store_age, updated, torch.zeros_like(slot)),
+        tag=put(state.tag, updated, number),
     )
 
     # Newcomers: the i-th most surprising one against the i-th least important slot.
@@ -227,17 +226,19 @@ def write_buffer(
     known = valid & (nearest >= config.novelty_threshold)
     novel = valid & ~known
 
-    hits = (known[..., None] & (slot[..., None] == torch.arange(config.buffer_slots, device=slot.device))).to(hidden)
-    count = hits.sum(1)  # [B, N]
-    average = hits.transpose(1, 2) @ hidden / count.clamp_min(1)[..., None]
-    reinforced = count > 0
-    last = torch.where(hits > 0, number[..., None], EMPTY).amax(1)
+    # What is known moves its slot towards the mean of all tokens that are the same thing; the last one stands for them.
+    together = (slot[:, :, None] == slot[:, None]) & known[:, None]  # [B, S, S]
+    share = together.to(hidden) / together.sum(-1, keepdim=True).clamp_min(1)
+    position = torch.arange(hidden.shape[1], device=slot.device)
+    last = torch.where(together, position, EMPTY).amax(-1) == position
+    reinforced = slot.masked_fill(~(known & last), config.buffer_slots)
+    moved = torch.lerp(take(state.buffer, slot), share @ hidden, config.write_alpha)
     state = replace(
         state,
-        buffer=torch.where(reinforced[..., None], torch.lerp(state.buffer, average, config.write_alpha), state.buffer),
-        strength=state.strength.masked_fill(reinforced, 1.0),
-        buffer_age=state.buffer_age.masked_fill(reinforced, 0),
-        buffer_tag=torch.where(reinforced, last, state.buffer_tag),
+        buffer=put(state.buffer, reinforced, moved),
+        strength=put(state.strength, reinforced, torch.ones_like(nearest)),
+        buffer_age=put(state.buffer_age, reinforced, torch.zeros_like(slot)),
+        buffer_tag=put(state.buffer_tag, reinforced, number),
     )
 
     # Weakest first; among equals the one that was written longest ago.
@@ -287,12 +288,24 @@ def end_conversation(state: EpisodicState, config: EpisodicConfig) -> EpisodicSt
 
 def take(hidden: Tensor, token: Tensor) -> Tensor:
     """Rows' tokens [B, K] out of hidden [B, S, D]: [B, K, D]."""
-    return hidden.gather(1, token[..., None].expand(-1, -1, hidden.shape[-1]))
+    return hidden.gather(1, expand(token, hidden.shape[-1]))
 
 
 def put(slots: Tensor, slot: Tensor, values: Tensor) -> Tensor:
     """A copy of slots [B, N, ...] with values [B, K, ...] at slot [B, K]; index N writes nowhere."""
+    written = slot < slots.shape[1]
+    # What writes nowhere repeats the row's first write or, where there is none, what slot 0 holds: no second copy of
+    # all slots is made. Only one of the same gets a gradient.
+    some, first = written.any(1, keepdim=True), written.int().argmax(1, keepdim=True)
+    own = written | (~some & (torch.arange(slot.shape[1], device=slot.device) == 0))
+    slot = torch.where(written, slot, torch.where(some, slot.gather(1, first), 0))
     if slots.dim() == 3:
-        slot = slot[..., None].expand(-1, -1, slots.shape[-1])
-    spare = torch.cat([slots, slots.new_zeros(slots.shape[0], 1, *slots.shape[2:])], dim=1)
-    return spare.scatter(1, slot, values.to(slots.dtype))[:, :-1]
+        slot, first, own, some = (expand(part, slots.shape[-1]) for part in (slot, first, own, some))
+    values = values.to(slots.dtype)
+    repeated = torch.where(some, values.gather(1, first), slots[:, :1])
+    return slots.scatter(1, slot, torch.where(own, torch.where(some, values, repeated), repeated.detach()))
+
+
+def expand(index: Tensor, size: int) -> Tensor:
+    """[B, K] to [B, K, size]."""
+    return index[..., None].expand(-1, -1, size)

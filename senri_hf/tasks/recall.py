@@ -29,7 +29,7 @@ NAME_RELATION = "name"
 # How many facts an episode of the training mixture tells, each as likely.
 FACTS_TOLD = (1, 1, 2, 3, 4, 5, 7, 10)
 # How many distractor conversations it puts between them, in four episodes of ten.
-DISTRACTORS_BETWEEN = (1, 2, 4, 8, 20)
+DISTRACTORS_BETWEEN = (1, 2, 3, 8)
 # How often it asks in a way that does not say in which words to reply.
 OBLIQUE_SHARE = 0.4
 # Values of the training mixture that are made up, for every value that is not; these categories have none.
@@ -358,7 +358,7 @@ def training_mixture(seed: int = 0, tellings: int | None = None) -> Iterator[Epi
     """Endless varied training episodes, the same for the same seed.
 
     One to ten facts, few oftener than many, sometimes several in a conversation; three in ten with a correction, four
-    in ten with one to twenty distractors, about a third with the user's name among the facts; two questions, where
+    in ten with one to eight distractors, about a third with the user's name among the facts; two questions, where
     there are two facts.  Four in ten questions are oblique: they do not hold the words of a reply
     ("What keeps me awake with the light on?"), so the reply does not take them up ("You told me: Emma.").
 

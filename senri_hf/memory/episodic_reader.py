@@ -68,7 +68,7 @@ class MemoryView:
     keys: Tensor  # [B, G, S, d]
     values: Tensor  # [B, G, S, d]
     bias: Tensor  # [B, H, 1, S] added to scores; minus infinity hides a slot
-    conversation: Tensor  # [B, 1, C, S] 1 where a slot was written in a conversation
+    conversation: Tensor  # [B, C, S] 1 where a slot was written in a conversation
     topics: Tensor  # [B, P, C, t] of unit length, what was talked about in a conversation
     recency: Tensor  # [B, H, 1, C] added to scores of conversations
     stored: int  # M
@@ -172,7 +172,7 @@ class EpisodicReader(nn.Module):
             keys=torch.cat([keys, null], dim=2),
             values=nn.functional.pad(values, (0, 0, 0, 1)),
             bias=bias[:, :, None].float(),
-            conversation=nn.functional.pad(conversation.to(torch.float32), (0, 1))[:, None],
+            conversation=nn.functional.pad(conversation.to(torch.float32), (0, 1)),
             topics=self.topics(told),
             recency=self.recency(conversation.any(-1)),
             stored=memory.store.shape[1],
@@ -221,7 +221,8 @@ class EpisodicReader(nn.Module):
         query = query.reshape(batch, self.num_key_value_heads, groups * length, -1)
         score = (query @ view.keys.transpose(2, 3)).view(batch, self.num_heads, length, -1)
         conversations = self.score_conversations(asked, view.topics, view.recency)
-        score = score.float() * self.scale + view.bias + conversations @ view.conversation
+        of_slots = (conversations.flatten(1, 2) @ view.conversation).view_as(score)  # no copy of it for every head
+        score = score.float() * self.scale + view.bias + of_slots
         weight = score.softmax(-1)
         access = weight[..., -1 - view.stored : -1].detach().mean(1)
         weight = (weight * self.gate.float().tanh()[:, None, None]).to(view.values.dtype)

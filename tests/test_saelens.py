@@ -117,8 +117,9 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
         import_saelens(tmp_path / "nowhere")
 
 
+@pytest.mark.interop
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("variant", VARIANTS)
+@every_variant
 def test_saelens_reads_the_export_and_we_read_what_it_writes(variant: str, tmp_path: Path) -> None:
     saelens = pytest.importorskip("sae_lens")
     sae = trained(variant)

@@ -29,6 +29,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     train = actions.add_parser("train", help="train one on real text")
     add_text(train)
     add = train.add_argument
+    add("--model", default="smollm2-135m-instruct", help="a base model by name, a folder, or a Hub id")
     add("--module", required=True, help="module whose output it is for, such as model.layers.8")
     add("--output", type=Path, required=True, help="folder to write")
     add("--variant", choices=VARIANTS, default="batchtopk")
@@ -49,6 +50,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     measure = actions.add_parser("evaluate", help="measure one on text that training did not see")
     measure.add_argument("sae", type=Path, help="its folder")
     add_text(measure)
+    measure.add_argument("--model", help="the model that it was trained on, where it does not say so itself")
     measure.add_argument("--pieces", type=int, default=32, help="held-out pieces to measure on, drawn at random")
     measure.add_argument("--output", type=Path, help="JSON file to write")
     measure.set_defaults(run=run_evaluate)
@@ -56,6 +58,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     contexts = actions.add_parser("contexts", help="show where latents are most active")
     contexts.add_argument("sae", type=Path, help="its folder")
     add_text(contexts)
+    contexts.add_argument("--model", help="the model that it was trained on, where it does not say so itself")
     contexts.add_argument("--latents", type=int, nargs="*", help="which; a sample of the living ones when not said")
     contexts.add_argument("--count", type=int, default=20, help="latents in the sample")
     contexts.add_argument("--top", type=int, default=5, help="contexts of each")
@@ -71,9 +74,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def add_text(parser: argparse.ArgumentParser) -> None:
-    """The arguments that say which model reads which text."""
+    """The arguments that say how which text is read."""
     add = parser.add_argument
-    add("--model", default="smollm2-135m-instruct", help="a base model by name, a folder, or a Hub id")
     add("--dtype", default="float32", choices=("float32", "bfloat16"))
     add("--text", nargs="*", default=["doctor-moreau", "dubliners", "heart-of-darkness", "brother-jacob"],
         help="names of senri_hf.tasks.text, or text files")  # fmt: skip
@@ -179,14 +181,15 @@ def run_train(arguments: argparse.Namespace) -> int:
         dataloader_pin_memory=False,
         seed=arguments.seed,
     )
+    # The time to load the model and to read the text counts as well.
+    setup = {"seconds": time.perf_counter() - began[0], "cpu_seconds": time.process_time() - began[1]}
     trainer = SparseAutoencoderTrainer(SparseAutoencoder(config), settings, stream)
     last = get_last_checkpoint(str(arguments.output)) if arguments.resume and arguments.output.is_dir() else None
     trainer.train(resume_from_checkpoint=last)
     trainer.save_model()
-    # Of this run, with the time to load the model and to read the text; a resumed one does not know the time before.
-    seconds, cpu_seconds = time.perf_counter() - began[0], time.process_time() - began[1]
-    found = {"seconds": seconds, "cpu_seconds": cpu_seconds, "text": arguments.text, "piece": arguments.piece}
-    write(arguments.output / TRAINING, {**found, "log": trainer.state.log_history})
+    found = {name: setup[name] + taken for name, taken in trainer.elapsed().items()}
+    of_text = {"text": arguments.text, "piece": arguments.piece}
+    write(arguments.output / TRAINING, {**found, **of_text, "log": trainer.state.log_history})
     print(f"{arguments.output}")
     return 0
 
@@ -197,6 +200,7 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
 
     sae = SparseAutoencoder.from_pretrained(arguments.sae).eval()
     check_held_out(arguments)
+    arguments.model = model_name(sae, arguments.model)
     model, tokenizer = load(arguments)
     held_out = batches(drawn(pieces(arguments, tokenizer)[1], arguments.pieces), arguments.rows)
     place, skip = hook_name(sae), sae.config.skip_positions
@@ -217,6 +221,7 @@ def run_contexts(arguments: argparse.Namespace) -> int:
     from ..interpretability import SparseAutoencoder, top_contexts
 
     sae = SparseAutoencoder.from_pretrained(arguments.sae).eval()
+    arguments.model = model_name(sae, arguments.model)
     model, tokenizer = load(arguments)
     training, kept = pieces(arguments, tokenizer)
     shown = top_contexts(
@@ -248,6 +253,23 @@ def check_held_out(arguments: argparse.Namespace) -> None:
             f"--piece {arguments.piece} was given, but the autoencoder was trained on pieces of {trained['piece']}: "
             "pieces of another size would hold text that it was trained on"
         )
+
+
+def model_name(sae: Any, given: str | None) -> str:
+    """The model that an autoencoder is for.
+
+    Raises:
+        ValueError: when it says so and another one is given, or when neither is.
+    """
+    own = sae.config.model_name
+    if own is None and given is None:
+        raise ValueError("The autoencoder does not say which model it is for (config.model_name is None): give --model")
+    if own is not None and given is not None and own != given and Path(own).resolve() != Path(given).resolve():
+        raise ValueError(
+            f"--model {given} was given, but the autoencoder was trained on {own}. If that is the same model in "
+            "another place, change model_name in the autoencoder's config.json"
+        )
+    return str(own if given is None else given)
 
 
 def hook_name(sae: Any) -> str:

@@ -55,7 +55,8 @@ def training_curves(
         axes.plot(steps, values, label=name)
     for name, value in (lines or {}).items():
         axes.axhline(value, linestyle="--", color=MUTED)
-        axes.annotate(f"{name}: {value:.4g}", (0.99, value), xycoords=("axes fraction", "data"), ha="right", va="top")
+        axes.annotate(f"{name}: {value:.4g}", (0.99, value), xycoords=("axes fraction", "data"), ha="right",
+                      va="bottom", xytext=(0, 2), textcoords="offset points")  # fmt: skip
     if log:
         axes.set_yscale("log")
     axes.set(xlabel="step", ylabel=y_label)
@@ -85,11 +86,12 @@ def attention_maps(layers: Sequence[Tensor], labels: Sequence[str], path: str | 
 
 
 def latent_density(densities: dict[str, Sequence[float]], path: str | Path) -> Path:
-    """Histograms of how often latents are active, by name; latents that never are stand in the title."""
+    """Histograms of how often latents are active, by name; latents that never are stand in the legend."""
     drawing, ((axes,),) = figure()
-    bins = np.linspace(-6, 0, 49)
-    for name, density in densities.items():
-        values = np.asarray(density, dtype=float)
+    shares = {name: np.asarray(density, dtype=float) for name, density in densities.items()}
+    least = min((values[values > 0].min() for values in shares.values() if (values > 0).any()), default=1e-2)
+    bins = np.linspace(max(-6.0, np.floor(np.log10(least))), 0, 49)
+    for name, values in shares.items():
         dead = int((values == 0).sum())
         axes.hist(
             np.log10(values[values > 0]).clip(bins[0]),
@@ -128,10 +130,15 @@ def sparsity_frontier(points: dict[str, Sequence[tuple[float, float]]], path: st
     return save(drawing, path)
 
 
-def dose_responses(found: dict[str, Any], path: str | Path, *, y_label: str, x_label: str | None = None) -> Path:
+def dose_responses(
+    found: dict[str, Any], path: str | Path, *, y_label: str, x_label: str | None = None, usual: float | None = None
+) -> Path:
     """What `dose_response` found: a panel for every group of latents, with its random latents and directions.
 
     Every control is a thin line, the mean of each sort a dashed one.
+
+    Args:
+        usual: The largest dose that takes no latent to where it never is; beyond it the panels are grey.
     """
     drawing, (row,) = figure(1, len(found["groups"]), width=4.2, height=3.4)
     for axes in row[1:]:
@@ -143,14 +150,26 @@ def dose_responses(found: dict[str, Any], path: str | Path, *, y_label: str, x_l
             mean = np.mean(group[kind], axis=0)
             axes.plot(found["doses"], mean, color=colour, linewidth=2, linestyle="--", label=f"{label}, mean")
         axes.plot(found["doses"], group["values"], color="C3", marker="o", label=name)
+        if usual is not None and usual < max(found["doses"]):
+            axes.axvspan(usual, max(found["doses"]), color="0.93", zorder=0, label="larger than it ever is")
         axes.axhline(found["base"], color="k", linewidth=0.6, linestyle=":")
         axes.set(xlabel=x_label or f"dose ({found['mode']})", ylabel=y_label if axes is row[0] else "")
         axes.legend(fontsize=8)
     return save(drawing, path)
 
 
-def matrix(values: Sequence[Sequence[float]], rows: Sequence[str], columns: Sequence[str], path: str | Path, *,
-           label: str, x_label: str = "", y_label: str = "", percent: bool = True) -> Path:  # fmt: skip
+def matrix(
+    values: Sequence[Sequence[float]],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    path: str | Path,
+    *,
+    label: str,
+    title: str = "",
+    x_label: str = "",
+    y_label: str = "",
+    percent: bool = True,
+) -> Path:
     """Numbers by row and column, as colours and in figures."""
     shown = np.asarray(values, dtype=float)
     drawing, ((axes,),) = figure(width=1.1 * len(columns) + 2.6, height=0.5 * len(rows) + 1.6)
@@ -162,7 +181,7 @@ def matrix(values: Sequence[Sequence[float]], rows: Sequence[str], columns: Sequ
         for column, value in enumerate(line):
             text = f"{value:.0%}" if percent else f"{value:.2f}"
             axes.text(column, row, text, ha="center", va="center", color="w" if value < middle else "k", fontsize=9)
-    axes.set(xlabel=x_label, ylabel=y_label)
+    axes.set(title=title, xlabel=x_label, ylabel=y_label)
     drawing.colorbar(image, ax=axes, label=label)
     return save(drawing, path)
 

@@ -86,10 +86,10 @@ class SparseAutoencoder(PreTrainedModel):
             self.threshold = nn.Parameter(torch.empty(config.d_sae))
         elif config.variant == "batchtopk":
             # What lets the same number of latents through as the batches of training did, for single activations.
-            self.register_buffer("threshold", torch.empty(()))
-        self.register_buffer("activation_scale", torch.empty(()))
+            self.register_buffer("threshold", torch.zeros(()))
+        self.register_buffer("activation_scale", torch.ones(()))
         # Activations seen since each latent was last active; an int64 count would be cast with the weights.
-        self.register_buffer("silent_for", torch.empty(config.d_sae, dtype=torch.long))
+        self.register_buffer("silent_for", torch.zeros(config.d_sae, dtype=torch.long))
         self._dead: Tensor | None = None  # indices
         self.post_init()
 

@@ -1,6 +1,7 @@
 """Training of sparse autoencoders on streamed activations."""
 
 import json
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -77,8 +78,18 @@ class SparseAutoencoderTrainer(Trainer):
             raise ValueError(f"{args.world_size} processes were started, but a sparse autoencoder is trained by one")
         self.stream = train_dataset
         self._sums: dict[str, Tensor] = {}
+        self._before = {"seconds": 0.0, "cpu_seconds": 0.0}
+        self._began = time.perf_counter(), time.process_time()
         callbacks = [_KeepNorm(), _Resample(train_dataset), *(callbacks or [])]
         super().__init__(model=model, args=args, train_dataset=train_dataset, callbacks=callbacks, **kwargs)
+
+    def elapsed(self) -> dict[str, float]:
+        """`seconds` on the clock and `cpu_seconds` of the processor since this was made.
+
+        When it goes on at a checkpoint, with those that earlier runs took up to it.
+        """
+        now = time.perf_counter(), time.process_time()
+        return {name: self._before[name] + now[i] - self._began[i] for i, name in enumerate(("seconds", "cpu_seconds"))}
 
     def get_train_dataloader(self) -> DataLoader:
         return DataLoader(self.stream, batch_size=None)
@@ -134,7 +145,7 @@ class SparseAutoencoderTrainer(Trainer):
         super()._save_checkpoint(*args, **kwargs)
         folder = Path(self._get_output_dir(trial=None)) / f"checkpoint-{self.state.global_step}"
         scratch = folder / f".{STREAM_FILE}.tmp"
-        scratch.write_text(json.dumps(self.stream.state()))
+        scratch.write_text(json.dumps({**self.stream.state(), "elapsed": self.elapsed()}))
         scratch.replace(folder / STREAM_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -142,7 +153,9 @@ class SparseAutoencoderTrainer(Trainer):
         path = Path(resume_from_checkpoint) / STREAM_FILE
         if not path.exists():
             raise ValueError(f"{resume_from_checkpoint} has no {STREAM_FILE}: it is no checkpoint of this trainer")
-        self.stream.resume(json.loads(path.read_text()))
+        state = json.loads(path.read_text())
+        self.stream.resume(state)
+        self._before = state.get("elapsed", self._before)
 
 
 class _KeepNorm(TrainerCallback):

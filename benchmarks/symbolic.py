@@ -2,17 +2,21 @@
 
     python benchmarks/symbolic.py
 
-What has its result in `docs/symbolic.json` already is not run again; `--only` runs some parts. Folders of models go to
-`checkpoints/symbolic`. The part `saelens` needs sae-lens, which has requirements of its own: run it with the Python of
-an environment that has both.
+What `docs/symbolic.json` has with the same settings is not run again; `--only` runs some parts. The settings of an
+example are part of its folder's name in `checkpoints/symbolic`, and so is what it reads of other examples: nothing is
+taken for the result of other settings. (Of changed code the folders know nothing: remove them.) The part `saelens`
+needs the extra `interop`.
 """
 
 import argparse
+import hashlib
+import importlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,100 +24,174 @@ from symbolic_results import FIGURES, render
 
 
 ROOT = Path(__file__).parents[1]
-DOCS, EXAMPLES, WORK = ROOT / "docs", ROOT / "examples", ROOT / "checkpoints" / "symbolic"
-CYCLIC, LORENZ = EXAMPLES / "cyclic_sequence", EXAMPLES / "lorenz_sequence" / "train_lorenz.py"
-READS = EXAMPLES / "memory_reads" / "ablate_facts.py"
-ADAPTER = EXAMPLES / "name_recall" / "adapters" / "smollm2-135m-instruct"
+DOCS, EXAMPLES, WORK = ROOT / "docs", ROOT / "examples", Path("checkpoints") / "symbolic"
+for _folder in ("cyclic_sequence", "lorenz_sequence", "memory_reads"):
+    sys.path.insert(0, str(EXAMPLES / _folder))
+ADAPTER = Path("examples") / "name_recall" / "adapters" / "smollm2-135m-instruct"
 STORE = DOCS / "symbolic.json"
 SEEDS = (0, 1, 2)
-PARTS = ("cyclic", "variants", "lorenz", "language_model", "memory")
+# Latents per dimension of autoencoders beside those of the cyclic sequence's own size, with the first seed.
+SIZES = (0.4375, 2.0)
+PARTS = ("cyclic", "sizes", "variants", "lorenz", "language_model", "memory")
+SEEDED = ("cyclic", "memory")
 SAELENS = "saelens"
-LANGUAGE_MODEL = ["--model", "smollm2-135m-instruct"]
-LANGUAGE_MODEL_TRAINING = ["--module", "model.layers.8", "--expansion-factor", "4", "--k", "32", "--steps", "500"]
-LANGUAGE_MODEL_TRAINING += ["--batch-size", "1024", "--reuse", "7", "--buffer-size", "80000", "--save-every", "250"]
+LANGUAGE_MODEL = ["--model", "smollm2-135m-instruct", "--module", "model.layers.8", "--expansion-factor", "4"]
+LANGUAGE_MODEL += ["--k", "32", "--steps", "500", "--batch-size", "1024", "--reuse", "7", "--buffer-size", "80000"]
+LANGUAGE_MODEL += ["--save-every", "250"]
+COMMAND = f"senri-hf sae train {' '.join(LANGUAGE_MODEL)}"
 
 
 def run(*command: str) -> None:
     subprocess.run([sys.executable, *command], check=True, cwd=ROOT)
 
 
-def result_of(folder: Path, script: Path, *arguments: str) -> dict[str, Any]:
-    """What an example wrote into a folder; it is run when it did not."""
-    path = folder / "results.json"
-    if not path.exists():
-        run(str(script), *arguments, "--output", str(folder.relative_to(ROOT)))
-    found: dict[str, Any] = json.loads(path.read_text())
-    return found
+class Run:
+    """A run of an example.
+
+    Args:
+        name: What its folder's name begins with.
+        script: The example's module.
+        arguments: All but `--output`.
+        needs: Runs whose folders it reads.
+    """
+
+    def __init__(self, name: str, script: str, *arguments: str, needs: "tuple[Run, ...]" = ()) -> None:
+        module = importlib.import_module(script)
+        settings_of = getattr(module, "settings_of", None) or importlib.import_module("train_cyclic").settings_of
+        self.path, self.arguments, self.needs = Path(str(module.__file__)), arguments, needs
+        self.settings = without_output(settings_of(module.parse(arguments)))
+        digest = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
+        self.folder = WORK / f"{name}-{digest[:10]}"
+
+    def made(self, found: Any) -> bool:
+        """Whether something is a result of this run's settings."""
+        return isinstance(found, dict) and without_output(found.get("settings", {})) == self.settings
+
+    def result(self) -> dict[str, Any]:
+        """What the example writes; it is run when it did not yet, after those that it needs."""
+        path = ROOT / self.folder / "results.json"
+        if not path.exists():
+            for other in self.needs:
+                other.result()
+            run(str(self.path), *self.arguments, "--output", str(self.folder))
+        found: dict[str, Any] = json.loads(path.read_text())
+        if not self.made(found):
+            raise SystemExit(f"{path} is of other settings than its folder's name: remove {self.folder}")
+        return found
+
+
+def without_output(settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in json.loads(json.dumps(settings)).items() if name != "output"}
+
+
+def cyclic_runs(seed: int) -> dict[str, Run]:
+    """The four examples, one after another, with one seed."""
+    common = ["--seed", str(seed)]
+    train = Run(f"train-{seed}", "train_cyclic", *common)
+    model = [*common, "--model", str(train.folder)]
+    sae = Run(f"sae-{seed}", "train_sae", *model, needs=(train,))
+    edit = [*model, "--sae", str(sae.folder)]
+    return {
+        "train": train,
+        "sae": sae,
+        "edit": Run(f"edit-{seed}", "sae_mechanistic_intervention", *edit, needs=(train, sae)),
+        "check": Run(f"check-{seed}", "check_hallucinations", *model, needs=(train,)),
+    }
+
+
+def sizes_run(factor: float) -> Run:
+    """An autoencoder of another size, on the model of the first seed."""
+    train = cyclic_runs(SEEDS[0])["train"]
+    arguments = ["--model", str(train.folder), "--expansion-factor", str(factor)]
+    return Run(f"sae-{factor}", "train_sae", *arguments, needs=(train,))
+
+
+def variants_run() -> Run:
+    """Variants of autoencoders beside each other, on the model of the first seed."""
+    train = cyclic_runs(SEEDS[0])["train"]
+    return Run("variants", "compare_variants", "--model", str(train.folder), needs=(train,))
+
+
+def memory_run(seed: int, adapter: Path) -> Run:
+    """Autoencoders of what a memory adapter reads, and recall without the latents of a kind of fact."""
+    return Run(f"memory-{seed}", "ablate_facts", "--adapter", str(adapter), "--seed", str(seed))
+
+
+def flat(runs: Any, *place: str) -> Iterator[tuple[tuple[str, ...], Run]]:
+    """The runs in a run, or in dicts of runs, with their places."""
+    if isinstance(runs, Run):
+        yield place, runs
+    else:
+        for name, of_name in runs.items():
+            yield from flat(of_name, *place, name)
+
+
+def collect(found: dict[str, Any], part: str, runs: Any, seeds: set[str] | None = None) -> None:
+    """Put the results of runs into a part: those it has, where they are of the same settings, and new ones.
+
+    Args:
+        seeds: First keys of runs of which missing ones are run; all when None.
+    """
+    kept, missing = found.pop(part, None), []
+    for place, of_place in flat(runs, part):
+        result = kept
+        for name in place[1:]:
+            result = result.get(name) if isinstance(result, dict) else None
+        if of_place.made(result):
+            put(found, place, result)
+        elif seeds is None or place[1] in seeds:
+            missing.append((place, of_place))
+    for place, of_place in missing:
+        put(found, place, of_place.result())
+        store(found)
+
+
+def put(found: dict[str, Any], place: tuple[str, ...], result: Any) -> None:
+    for name in place[:-1]:
+        found = found.setdefault(name, {})
+    found[place[-1]] = result
 
 
 def keep_figures(name: str, folder: Path) -> None:
+    """Copy the figures of a run; one whose result was kept may have no folder here."""
     for figure in FIGURES[name]:
-        shutil.copy(folder / figure, DOCS / f"symbolic-{name}-{figure}")
+        if (ROOT / folder / figure).exists():
+            shutil.copy(ROOT / folder / figure, DOCS / f"symbolic-{name}-{figure}")
 
 
-def cyclic(seed: int) -> dict[str, Any]:
-    """The four examples, one after another, with one seed."""
-    folders = {name: WORK / f"{name}-{seed}" for name in ("train", "sae", "edit", "check")}
-    model, sae = (
-        ["--" + option, str(folders[name].relative_to(ROOT))] for option, name in (("model", "train"), ("sae", "sae"))
-    )
-    common = ["--seed", str(seed)]
-    found = {
-        "train": result_of(folders["train"], CYCLIC / "train_cyclic.py", *common),
-        "sae": result_of(folders["sae"], CYCLIC / "train_sae.py", *common, *model),
-        "edit": result_of(folders["edit"], CYCLIC / "sae_mechanistic_intervention.py", *common, *model, *sae),
-        "check": result_of(folders["check"], CYCLIC / "check_hallucinations.py", *common, *model),
-    }
-    if seed == SEEDS[0]:
-        for name in ("train", "sae", "edit"):
-            keep_figures(name, folders[name])
-    return found
-
-
-def variants() -> dict[str, Any]:
-    """Variants of autoencoders beside each other, on the model of the first seed."""
-    model = (WORK / f"train-{SEEDS[0]}").relative_to(ROOT)
-    found = result_of(WORK / "variants", CYCLIC / "compare_variants.py", "--model", str(model))
-    keep_figures("variants", WORK / "variants")
-    return found
-
-
-def lorenz() -> dict[str, Any]:
-    """The transformer on the Lorenz system in symbols."""
-    found = result_of(WORK / "lorenz", LORENZ)
-    keep_figures("lorenz", WORK / "lorenz")
-    return found
+def memory_figures(found: dict[str, Any]) -> None:
+    """Recall in the mean over seeds."""
+    ablate_facts = importlib.import_module("ablate_facts")
+    for split, figure in zip(ablate_facts.TESTED, FIGURES["memory"], strict=True):
+        whose = ablate_facts.TESTED[split]
+        several = [of_seed["tested"][whose] for of_seed in found.values()]
+        kinds = next(iter(found.values()))["settings"]["kinds"]
+        ablate_facts.draw(several, kinds, DOCS / f"symbolic-memory-{figure}", whose)
 
 
 def language_model() -> dict[str, Any]:
     """An autoencoder of a layer of SmolLM2-135M on real text."""
     from senri_hf.interpretability import plots
 
-    folder = WORK / "smollm2"
-    command = ["-m", "senri_hf.commands.main", "sae"]
+    folder, command = ROOT / language_model_folder(), ["-m", "senri_hf.commands.main", "sae"]
     if not (folder / "training.json").exists():
-        run(*command, "train", *LANGUAGE_MODEL, *LANGUAGE_MODEL_TRAINING, "--resume", "--output", str(folder))
+        run(*command, "train", *LANGUAGE_MODEL, "--resume", "--output", str(folder))
     for what, extra in (("evaluate", ["--pieces", "16"]), ("contexts", ["--pieces", "120"])):
         if not (folder / f"{what}.json").exists():
-            run(*command, what, str(folder), *LANGUAGE_MODEL, *extra, "--output", str(folder / f"{what}.json"))
+            run(*command, what, str(folder), *extra, "--output", str(folder / f"{what}.json"))
     measured, training = (json.loads((folder / f"{name}.json").read_text()) for name in ("evaluate", "training"))
     plots.latent_density({"held-out text": measured.pop("density")}, folder / "density.png")
     keep_figures("smollm2", folder)
-    seconds = {name: training[name] for name in ("seconds", "cpu_seconds")}
-    command_line = f"senri-hf sae train {' '.join(LANGUAGE_MODEL + LANGUAGE_MODEL_TRAINING)}"
     return {
-        "command": command_line,
+        "command": COMMAND,
         "measured": measured,
-        **seconds,
+        **{name: training[name] for name in ("seconds", "cpu_seconds")},
         "contexts": json.loads((folder / "contexts.json").read_text()),
     }
 
 
-def memory(adapter: Path) -> dict[str, Any]:
-    """Autoencoders of what a memory adapter reads, and recall without the latents of a kind of fact."""
-    found = result_of(WORK / "memory", READS, "--adapter", os.path.relpath(adapter, ROOT))
-    keep_figures("memory", WORK / "memory")
-    return found
+def language_model_folder() -> Path:
+    return WORK / f"smollm2-{hashlib.sha256(COMMAND.encode()).hexdigest()[:10]}"
 
 
 def saelens() -> dict[str, Any]:
@@ -125,8 +203,9 @@ def saelens() -> dict[str, Any]:
     from senri_hf.interpretability import export_saelens, module_activations, reconstruction_metrics
     from senri_hf.tasks.text import ordinary_text
 
-    ours = SparseAutoencoder.from_pretrained(WORK / "smollm2").eval()
-    theirs = sae_lens.SAE.load_from_disk(export_saelens(ours, WORK / "smollm2-saelens"))
+    folder = ROOT / language_model_folder()
+    ours = SparseAutoencoder.from_pretrained(folder).eval()
+    theirs = sae_lens.SAE.load_from_disk(export_saelens(ours, folder / "saelens"))
     model, tokenizer = load_base("smollm2-135m-instruct", progress=False)
     ids = tokenizer("\n\n".join(ordinary_text()[:20]), add_special_tokens=False, return_tensors="pt")["input_ids"]
     batches = [{"input_ids": ids[:, :512].view(2, 256)}]
@@ -136,6 +215,7 @@ def saelens() -> dict[str, Any]:
         found = reconstruction_metrics(ours, [x])
         error = (x - reconstruction).double().square().sum() / (x.double() - x.double().mean(0)).square().sum()
         return {
+            "command": COMMAND,
             "version": sae_lens.__version__,
             "architecture": theirs.cfg.architecture(),
             "hook_name": theirs.cfg.metadata.hook_name,
@@ -161,27 +241,33 @@ def store(found: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", choices=(*PARTS, SAELENS), default=list(PARTS))
-    parser.add_argument("--adapter", type=Path, default=ADAPTER, help="memory adapter whose reads are looked at")
-    parser.add_argument("--seeds", nargs="*", type=int, default=list(SEEDS))
+    parser.add_argument("--adapter", type=Path, default=ADAPTER, help="whose reads are looked at, in the repository")
+    parser.add_argument("--seeds", nargs="*", type=int, default=list(SEEDS), help="of the parts cyclic and memory")
     args = parser.parse_args()
-    parts = {
-        "variants": variants,
-        "lorenz": lorenz,
-        "language_model": language_model,
-        SAELENS: saelens,
-        "memory": lambda: memory(args.adapter),
+    os.chdir(ROOT)  # folders in settings are relative to it
+    seeds = sorted({*SEEDS, *args.seeds})
+    runs: dict[str, Any] = {
+        "cyclic": lambda: {str(seed): cyclic_runs(seed) for seed in seeds},
+        "sizes": lambda: {str(factor): sizes_run(factor) for factor in SIZES},
+        "variants": variants_run,
+        "lorenz": lambda: Run("lorenz", "train_lorenz"),
+        "memory": lambda: {str(seed): memory_run(seed, args.adapter) for seed in seeds},
     }
+    of_the_command = {"language_model": language_model, SAELENS: saelens}
     found: dict[str, Any] = json.loads(STORE.read_text()) if STORE.exists() else {}
     for part in args.only:
-        if part == "cyclic":
-            runs = found.setdefault("cyclic", {})
-            for seed in args.seeds:
-                if str(seed) not in runs:
-                    runs[str(seed)] = cyclic(seed)
-                    store(found)
-        elif part not in found:
-            found[part] = parts[part]()
+        if part in runs:
+            collect(found, part, runs[part](), set(map(str, args.seeds)) if part in SEEDED else None)
+        elif found.get(part, {}).get("command") != COMMAND:
+            found[part] = of_the_command[part]()
             store(found)
+    first = cyclic_runs(SEEDS[0])
+    for name in ("train", "sae", "edit"):
+        keep_figures(name, first[name].folder)
+    keep_figures("variants", variants_run().folder)
+    keep_figures("lorenz", Run("lorenz", "train_lorenz").folder)
+    if "memory" in found:
+        memory_figures(found["memory"])
     store(found)
     print(DOCS / "symbolic_results.md")
 

@@ -1,5 +1,6 @@
 """The page `docs/symbolic_results.md`, from what `symbolic.py` found."""
 
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -15,46 +16,91 @@ FIGURES = {
 }
 
 
+CYCLIC = {"train", "sae", "edit", "check"}
+CONTROLS = ("other_latents", "directions")
+
+
 def render(found: dict[str, Any]) -> list[str]:
-    """The lines of the page."""
+    """The lines of the page; of the cyclic sequence those seeds are shown of which every example was run."""
+    cyclic = {seed: of_seed for seed, of_seed in found.get("cyclic", {}).items() if of_seed.keys() >= CYCLIC}
+    found = {**found, "cyclic": cyclic}
     lines = ["# Symbols, sparse autoencoders, interventions: results", ""]
     lines += [
         "Written by `python benchmarks/symbolic.py` from `symbolic.json`; the commands are those of the examples."
     ]
-    lines += ["", *summary(found)]
+    if found.get("cyclic"):
+        lines += ["", *summary(list(found["cyclic"].values()))]
     for part, title, section in (
         ("cyclic", "The cyclic sequence", cyclic_section),
+        ("sizes", "Autoencoders of other sizes", None),
         ("variants", "Variants of autoencoders", variants_section),
         ("lorenz", "The Lorenz system in three symbols", lorenz_section),
         ("language_model", "A layer of SmolLM2-135M, on real text", language_model_section),
         ("saelens", "The same autoencoder in SAELens", saelens_section),
         ("memory", "What a memory adapter reads", memory_section),
     ):
-        lines += ["", f"## {title}", "", *(section(found[part]) if found.get(part) else ["Not run yet."])]
+        lines += ["", f"## {title}", ""]
+        if part == "sizes" and found.get("sizes") and found.get("cyclic"):
+            first = next(iter(found["cyclic"].values()))["sae"]
+            lines += sizes_section([first, *found["sizes"].values()])
+        elif part != "sizes" and found.get(part):
+            lines += section(found[part])
+        else:
+            lines += ["Not run yet."]
     return lines
 
 
-def summary(found: dict[str, Any]) -> list[str]:
-    """What was to be shown and what was measured, the worst of the seeds where there are several."""
-    runs = list(found.get("cyclic", {}).values())
-    if not runs:
-        return []
-    windows = [run["sae"]["windows"] for run in runs]
-    flips, unseen = [run["edit"]["best_flip_rate"] for run in runs], [run["train"]["unseen"] for run in runs]
-    returned = min(kind["returned"] for run in unseen for kind in run.values())
-    forbidden = max(kind["forbidden_per_symbol"] for run in unseen for kind in run.values())
-    rows = [
-        ["loss above the Bayes floor", "0.001", f"{max(run['train']['above_floor'] for run in runs):.5f}"],
-        ["phases with the right next symbol", "18 of 18", f"{min(run['train']['phases_right'] for run in runs)}"],
-        ["back in the cycle from contexts that training never saw", "all", f"{returned:.1%}"],
-        ["forbidden steps per symbol there", "0", f"{forbidden:.5f}"],
-        ["explained variance", "0.998", f"{min(entry['explained_variance'] for entry in windows):.4f}"],
-        ["latents active (L0)", "4.6", f"{max(entry['l0'] for entry in windows):.2f}"],
-        ["dead latents", "5%", f"{max(entry['dead'] for entry in windows):.1%}"],
-        ["phases that the best latent flips", "50%", f"{min(flips):.1%}"],
-        ["phases that random latents flip, mean", "few", f"{max(r['edit']['random_latents_mean'] for r in runs):.1%}"],
+def summary(runs: list[dict[str, Any]]) -> list[str]:
+    """What was to be shown and what was measured, the worst of the seeds."""
+    rows: list[list[str]] = []
+
+    def row(name: str, aim: str, form: str, values: list[float], *, least: float | None = None,
+            most: float | None = None) -> None:  # fmt: skip
+        worst = min(values) if least is not None else max(values)
+        met = worst >= least if least is not None else worst <= most if most is not None else None
+        rows.append([name, aim, format(worst, form), "" if met is None else "yes" if met else "no"])
+
+    def unseen(kinds: Any, name: str) -> list[float]:
+        return [entry[name] for run in runs for kind, entry in run["check"]["unseen"].items() if kinds(kind)]
+
+    train = [run["train"] for run in runs]
+    phases, strength = train[0]["phases"], runs[0]["edit"]["settings"]["strength"]
+    row("loss above the Bayes floor, nats per symbol", "0.001", ".5f", [t["above_floor"] for t in train], most=1e-3)
+    row("phases with the right next symbol", f"{phases} of {phases}", "", [t["phases_right"] for t in train],
+        least=phases)  # fmt: skip
+    for what, kinds in (
+        ("wrong symbols", lambda kind: kind.endswith(" wrong")),
+        ("random symbols, or a single one all along", lambda kind: not kind.endswith(" wrong")),
+    ):
+        row(f"back in the exact cycle from unseen contexts: {what}", "all", ".1%", unseen(kinds, "returned"), least=1)
+        row(f"forbidden steps per symbol said there: {what}", "", ".5f", unseen(kinds, "forbidden_per_symbol"))
+    sae = [run["sae"] for run in runs]
+    row("explained variance, unseen contexts", "0.998", ".4f", [s["unseen"]["explained_variance"] for s in sae],
+        least=0.998)  # fmt: skip
+    row("explained variance, the windows (all are trained on)", "0.998", ".4f",
+        [s["windows"]["explained_variance"] for s in sae], least=0.998)  # fmt: skip
+    row("latents active (L0), unseen contexts", "4.6", ".2f", [s["unseen"]["l0"] for s in sae], most=4.6)
+    row("dead latents, of as many as dimensions" if sae[0]["latents"] == sae[0]["width"] else "dead latents", "5%",
+        ".1%", [s["dead"] for s in sae], most=0.05)  # fmt: skip
+    for dose in (1.0, strength):
+        for sort, name in (("windows", "phases"), ("unseen", "unseen contexts")):
+            of_dose = [best_at(run["edit"], str(dose))[sort] for run in runs]
+            row(f"{name} that the best latent flips, dose {dose:g}", "50%", ".1%", [d["flips"] for d in of_dose],
+                least=0.5)  # fmt: skip
+            row("the same: another latent, mean", "", ".1%", [d["other_latents"]["mean"] for d in of_dose])
+            row("the same: a random direction, mean", "", ".1%", [d["directions"]["mean"] for d in of_dose])
+    return [
+        f"The cyclic sequence in short, the worst of {len(runs)} seeds. Unseen contexts have wrong symbols; neither "
+        "the transformer nor the autoencoder was trained on them.",
+        "",
+        *table(["", "aim", "measured", "met"], rows),
     ]
-    return [f"The cyclic sequence in short, the worst of {len(runs)} seeds:", "", *table(["", "aim", "measured"], rows)]
+
+
+def best_at(edit: dict[str, Any], dose: str) -> dict[str, Any]:
+    """What was found of the latent that flips most phases at a dose."""
+    found = [entry["doses"][dose] for entry in edit["best"]]
+    return max(found, key=lambda of_latent: of_latent["windows"]["flips"])
 
 
 def table(columns: list[str], rows: list[list[str]]) -> list[str]:
@@ -70,78 +116,144 @@ def figures(*names: str) -> list[str]:
 def cyclic_section(runs: dict[str, Any]) -> list[str]:
     rows = []
 
-    def row(name: str, keys: str, form: str = ".4g") -> None:
+    def row(name: str, keys: list[str], form: str = ".4g") -> None:
         cells = []
         for found in runs.values():
-            for key in keys.split("/"):
+            for key in keys:
                 found = found[key]
             cells.append(format(found, form))
         rows.append([name, *cells])
 
-    row("loss above the Bayes floor, nats per symbol", "train/above_floor", ".5f")
-    row("phases with the right next symbol, of 18", "train/phases_right")
     first = next(iter(runs.values()))
-    for kind in first["check"]["kinds"]:
-        row(f"back in the cycle: {kind}", f"check/kinds/{kind}/returned", ".1%")
-        row(f"forbidden steps per symbol: {kind}", f"check/kinds/{kind}/forbidden_per_symbol", ".5f")
-    for where, name in (("windows", "the windows"), ("unseen", "unseen contexts")):
-        row(f"autoencoder, {name}: explained variance", f"sae/{where}/explained_variance")
-        row(f"autoencoder, {name}: L0", f"sae/{where}/l0")
-        row(f"autoencoder, {name}: never active", f"sae/{where}/dead", ".1%")
-        row(f"autoencoder, {name}: divergence recovered", f"sae/{where}/kl_recovered")
-    strength = first["edit"]["settings"]["strength"]
-    row(f"phases that the best latent flips at {strength} times its largest activation", "edit/best_flip_rate", ".1%")
-    row("the same, unseen contexts with one wrong symbol", "edit/best_flip_rate_unseen", ".1%")
-    row(f"random latents at {strength} times theirs: mean of 20", "edit/random_latents_mean", ".1%")
-    row("random latents: the strongest of 20", "edit/random_latents_most", ".1%")
-    row("random directions, changes as large as the best latent's: mean of 20", "edit/random_directions_mean", ".1%")
-    row("all latents set to those of another phase: what follows that one is said", "edit/patch_followed", ".1%")
+    row("loss above the Bayes floor, nats per symbol", ["train", "above_floor"], ".5f")
+    row(f"phases with the right next symbol, of {first['train']['phases']}", ["train", "phases_right"])
+    for where, name in (("unseen", "unseen contexts"), ("windows", "the windows, trained on")):
+        row(f"autoencoder, {name}: explained variance", ["sae", where, "explained_variance"], ".4f")
+        row(f"autoencoder, {name}: L0", ["sae", where, "l0"], ".2f")
+        row(f"autoencoder, {name}: never active", ["sae", where, "dead"], ".1%")
+        row(f"autoencoder, {name}: divergence recovered", ["sae", where, "kl_recovered"], ".4f")
+    row("autoencoder: dead latents, active in neither", ["sae", "dead"], ".1%")
+    for sort, name in (("windows", "the windows"), ("unseen", "unseen contexts")):
+        row(f"all latents set to those of another of {name}: what follows that one is said",
+            ["edit", "patch_followed", sort], ".1%")  # fmt: skip
     lines = table(["", *(f"seed {seed}" for seed in runs)], rows)
-    return [*lines, "", *controls([run["edit"] for run in runs.values()]), *figures("train", "sae", "edit")]
+    extent = first["sae"]["extent"]
+    lines += [
+        "",
+        f"The windows give {extent['windows']['different']} different activations, of which "
+        f"{extent['windows']['components']} principal components hold 99.8%; the unseen contexts "
+        f"{extent['unseen']['different']}, of which {extent['unseen']['components']} do.",
+        "",
+        *contexts_table({seed: run["check"] for seed, run in runs.items()}),
+    ]
+    return [*lines, "", *interventions(runs), *figures("train", "sae", "edit")]
 
 
-def controls(edits: list[dict[str, Any]]) -> list[str]:
-    """What the random latents and directions say, in words."""
-    rates = [[max(latent["ablated"], latent["clamped"]) for latent in edit["latents"]] for edit in edits]
-    strong = ", ".join(str(sum(rate >= 0.5 for rate in of_seed)) for of_seed in rates)
-    some = ", ".join(str(sum(rate > 0 for rate in of_seed)) for of_seed in rates)
-    means = [edit["random_latents_mean"] for edit in edits]
-    directions = [edit["random_directions_mean"] for edit in edits]
-    strongest = max(edit["random_latents_most"] for edit in edits)
+def contexts_table(checks: dict[str, Any]) -> list[str]:
+    """What becomes of contexts of every kind, by seed."""
+    forms = {"right": ".1%", "returned": ".1%", "forbidden_per_symbol": ".5f", "forbidden_first": ".1%",
+             "forbidden_avoidable": ".5f"}  # fmt: skip
+    first, rows = next(iter(checks.values())), []
+    for known, name in (("unseen", "{}"), ("known", "{}, trained on")):
+        for kind, entry in first[known].items():
+            cells = [", ".join(format(check[known][kind][key], form) for check in checks.values())
+                     for key, form in forms.items()]  # fmt: skip
+            rows.append([name.format(kind), f"{entry['contexts']}", *cells])
+    columns = ["contexts", "", "next symbol right", "back in the exact cycle", "forbidden steps per symbol said"]
     return [
-        f"What the controls say. Of {len(rates[0])} latents {strong} (by seed) flip at least half of the phases, "
-        f"{some} flip any at all. Random latents are drawn from all but the three best, so that a draw can be one of "
-        f"those that count as well: the strongest draw reaches {strongest:.1%} in one seed. A random latent flips "
-        f"{min(means):.0%} to {max(means):.0%} of the phases in the mean, a random direction {min(directions):.0%} to "
-        f"{max(directions):.0%}: which latent it is decides, not how large the change is. The best latents make the "
-        "model say one symbol for as long as they are held (`rollouts` in `symbolic.json`); a third of the phases says "
-        "that symbol anyway, so that two thirds is all that such a latent can flip.",
+        "What the model says after contexts that training never saw, by seed. Wrong are the symbols in which a context "
+        "differs from the nearest true window; right is what may follow that. A step is forbidden that goes to a "
+        "symbol which never follows, the one from the last symbol given to the first one said included. After a wrong "
+        "last symbol the way back to the cycle can be of that sort itself: avoidable are all others.",
+        "",
+        *table([*columns, "first symbol said forbidden", "avoidable per symbol said"], rows),
+    ]
+
+
+def interventions(runs: dict[str, Any]) -> list[str]:
+    """The best latents of every seed, each beside its controls."""
+    edits = {seed: run["edit"] for seed, run in runs.items()}
+    first = next(iter(edits.values()))
+    settings, strength = first["settings"], first["settings"]["strength"]
+    doses, rows = (1.0, strength), []
+    for seed, edit in edits.items():
+        for entry in edit["best"]:
+            for dose in doses:
+                cells = [f"seed {seed}, latent {entry['latent']}", f"{dose:g}"]
+                for sort in ("windows", "unseen"):
+                    found = entry["doses"][str(dose)][sort]
+                    cells.append(f"{found['flips']:.0%}")
+                    cells += [f"{found[name]['mean']:.0%}, to {found[name]['most']:.0%}" for name in CONTROLS]
+                rows.append(cells)
+    columns = ["", "dose", *(f"{sort}: {what}" for sort in ("windows", "unseen")
+                             for what in ("flips", "other latents", "directions"))]  # fmt: skip
+    best = [entry["doses"] for edit in edits.values() for entry in edit["best"]]
+    half = [sum(of_latent[str(dose)]["windows"]["flips"] >= 0.5 for of_latent in best) for dose in doses]
+    living = ", ".join(str(edit["active_at_the_last_symbol"]) for edit in edits.values())
+    at_strength = [edit["best"][0]["doses"][str(strength)]["windows"]["other_latents"] for edit in edits.values()]
+    others = ", ".join(f"{round(c['half'] * c['count'])} of {c['count']}" for c in at_strength)
+    ablated = max(rate["ablated"] for edit in edits.values() for rate in edit["rates"])
+    change = [entry["change"] for edit in edits.values() for entry in edit["best"]]
+    symbols = next(iter(runs.values()))["train"]["settings"]["symbols"]
+    return [
+        "A latent is set to a multiple of the largest activation that it has at the last symbol of a window, at that "
+        f"symbol. Of {first['latents']} latents {living} (by seed) are ever active there; the {settings['candidates']} "
+        f"of them that flip most phases at dose {strength:g} are shown, each beside all others at the same dose of "
+        f"their own, and {settings['controls']} random directions with changes as large (mean and largest):",
+        "",
+        *table(columns, rows),
+        "",
+        f"At dose 1, within what a latent ever does, {half[0]} of {len(best)} of the best latents flip half of the "
+        f"phases; at dose {strength:g} {half[1]} do. The latents of the true phase stay on, and have to be outweighed. "
+        f"Of the others {others} (by seed) flip half of the phases at dose {strength:g}. At that dose the change is "
+        f"{min(change):.1f} to {max(change):.1f} times as long as the activation is far from the mean. To set a single "
+        f"latent to zero flips at most {ablated:.0%} of the phases. One in {symbols} phases says the symbol that a "
+        f"latent stands for anyway, so that {1 - 1 / symbols:.0%} is all that it can flip.",
         "",
         "Figures of seed 0:",
+    ]
+
+
+def sizes_section(found: list[dict[str, Any]]) -> list[str]:
+    settings = found[0]["settings"]
+    rows = []
+    for entry in sorted(found, key=lambda entry: int(entry["latents"])):
+        of = {where: entry[where] for where in ("unseen", "windows")}
+        rows.append(
+            [
+                f"{entry['latents']} for a width of {entry['width']}",
+                *(f"{of[where]['explained_variance']:.4f}" for where in of),
+                *(f"{of[where]['l0']:.2f}" for where in of),
+                f"{entry['dead']:.0%}",
+            ]
+        )
+    columns = ["latents", *("explained variance, " + where for where in ("unseen contexts", "the windows"))]
+    columns += ["L0, unseen contexts", "L0, the windows", "dead"]
+    return [
+        f"`python examples/cyclic_sequence/train_sae.py --expansion-factor …`, {settings['variant']} with k "
+        f"{settings['k']}, {settings['steps']} steps, seed {settings['seed']}. Dead are latents that are active "
+        "neither at the unseen contexts nor at the windows.",
+        "",
+        *table(columns, rows),
     ]
 
 
 def variants_section(found: dict[str, Any]) -> list[str]:
     settings = found["settings"]
     lines = [
-        f"`python examples/cyclic_sequence/compare_variants.py`, the model of seed 0, {settings['steps']} steps.",
+        f"`python examples/cyclic_sequence/compare_variants.py`, the model of seed 0, {settings['steps']} steps; on "
+        "contexts that training never saw, and on the windows.",
         "",
     ]
     rows = []
     for variant, entries in found["variants"].items():
         for entry in entries:
             name = next(iter(entry))
-            cells = [f"{entry['l0']:.2f}", f"{entry['explained_variance']:.4f}", f"{entry['dead']:.0%}"]
-            rows.append([variant, f"{name.replace('_', ' ')} {entry[name]}", *cells])
-    lines += table(["variant", "", "L0", "explained variance", "dead"], rows)
-    return [
-        *lines,
-        "",
-        "Dead latents: the windows give 135 different activations, in little more than ten dimensions, which few "
-        "active latents explain without the others. Fewer are dead where more may be active, and after a longer "
-        "training: the autoencoder of the section above (topk, k 4) has none after eight times as many steps.",
-        *figures("variants"),
-    ]
+            cells = [f"{entry[where]['l0']:.2f}" for where in ("unseen", "windows")]
+            cells += [f"{entry[where]['explained_variance']:.4f}" for where in ("unseen", "windows")]
+            rows.append([variant, f"{name.replace('_', ' ')} {entry[name]}", *cells, f"{entry['unseen']['dead']:.0%}"])
+    columns = ["variant", "", "L0", "L0, the windows", "explained variance", "the windows", "never active"]
+    return [*lines, *table(columns, rows), *figures("variants")]
 
 
 def lorenz_section(found: dict[str, Any]) -> list[str]:
@@ -167,8 +279,9 @@ def lorenz_section(found: dict[str, Any]) -> list[str]:
 
 def language_model_section(found: dict[str, Any]) -> list[str]:
     lines = [
-        f"`{found['command']}`, {found['cpu_seconds'] / 60:.1f} minutes of processor time; measured on text that "
-        "training never saw.",
+        f"`{found['command']}`: {found['cpu_seconds'] / 60:.1f} minutes of processor time ({found['seconds'] / 60:.1f} "
+        "on the clock, of a machine that had other work), the model's loading included; measured on text that training "
+        "never saw.",
         "",
     ]
     measured = found["measured"]
@@ -201,73 +314,154 @@ def saelens_section(found: dict[str, Any]) -> list[str]:
 
 
 def memory_section(found: dict[str, Any]) -> list[str]:
-    settings, readers = found["settings"], [place.split(".memory")[0] for place in found["readers"]]
-    kinds = [kind.replace("_", " ") for kind in settings["kinds"]]
+    runs = list(found.values())
+    first, settings = runs[0], runs[0]["settings"]
+    readers = [place.split(".memory")[0] for place in first["readers"]]
+    kinds = {kind: kind.replace("_", " ") for kind in settings["kinds"]}
+    minutes = sum(run["cpu_seconds"] for run in runs) / 60
     lines = [
-        f"`python examples/memory_reads/ablate_facts.py --adapter {settings['adapter']}`: autoencoders of what the "
-        f"{len(readers)} readers add at replies to {settings['people']} people, tested with {settings['test_people']} "
-        f"others of each sort; {found['cpu_seconds'] / 60:.1f} minutes of processor time.",
+        f"`python examples/memory_reads/ablate_facts.py --adapter {settings['adapter']} --seed …`, {len(runs)} seeds: "
+        f"autoencoders of what the {len(readers)} readers add at replies to {settings['people']} people, tested with "
+        f"{settings['test_people']} others of each sort; {minutes:.0f} minutes of processor time in all. Means over "
+        "seeds, and over random draws; ± is the standard deviation over these.",
         "",
-        "The latents that tell a kind best, by the people to train on, and at which answers of others they are active "
-        f"(share of the answers about a {', a '.join(kinds)}):",
-        "",
+        *the_latents(runs, kinds),
     ]
+    for whose in first["tested"]:
+        lines += ["", f"### {whose[0].upper()}{whose[1:]}", "", *recall_table(runs, whose, kinds), ""]
+        lines += fallen(runs, whose, list(kinds))
+    lines += ["", "### The latents that tell a kind best", "", *portraits(first, readers, kinds)]
+    lines += ["", "### The autoencoders", "", "On what is read for people that they were not trained with, seed 0:", ""]
     rows = []
-    tested = found["tested"]
-    for kind in settings["kinds"]:
-        for index, entry in enumerate(next(iter(tested.values()))["latents"][kind]):
-            cells = [f"{kind.replace('_', ' ')}: {readers[entry['layer']]}, latent {entry['latent']}"]
-            for of_whom in tested.values():
-                seen = of_whom["latents"][kind][index]
-                cells += [", ".join(f"{share:.0%}" for share in seen["active"]), ", ".join(seen["answers"])]
-            rows.append(cells)
-    columns = [cell for whose in tested for cell in (whose, "most at")]
-    lines += table(["latent", *columns], rows)
-    counts = ", ".join(f"{sum(of_layers)} of a {kind}" for kind, of_layers in zip(kinds, found["chosen"], strict=True))
-    lines += [
-        "",
-        "Ablated are all latents that add more to the log probability of a kind's answers than to that of any other "
-        f"kind's (gradient times activation): {counts}. What is read then is what the autoencoders make of it without "
-        "these latents. Answers of which every token is the most likely one, and nats per token of the answer:",
-    ]
-    for whose, of_whom in tested.items():
-        rows = []
-        for name, entry in of_whom["recall"].items():
-            rows.append([name, *(f"{of['exact']:.0%} · {of['nats']:.2f}" for of in entry.values())])
-        lines += ["", f"{whose.capitalize()}:", "", *table(["ablated", *kinds], rows)]
-    lines += ["", *fallen(settings["kinds"], {whose: of_whom["recall"] for whose, of_whom in tested.items()})]
-    lines += ["", "The autoencoders, on what is read for people that they were not trained with:", ""]
-    rows = []
-    for place, reader in zip(found["readers"], readers, strict=True):
+    for place, reader in zip(first["readers"], readers, strict=True):
         row = [f"`{reader}`"]
-        for entry in (of_whom["autoencoders"][place] for of_whom in tested.values()):
+        for entry in (of_whom["autoencoders"][place] for of_whom in first["tested"].values()):
             row += [f"{entry['explained_variance']:.3f}", f"{entry['l0']:.1f}", f"{entry['dead']:.0%}"]
         rows.append(row)
-    measures = [f"{name}, {whose}" for whose in tested for name in ("explained variance", "L0", "dead")]
+    measures = [f"{name}, {whose}" for whose in first["tested"] for name in ("explained variance", "L0", "dead")]
     return lines + table(["reader", *measures], rows) + figures("memory")
 
 
-def fallen(kinds: list[str], recalls: dict[str, dict[str, Any]]) -> list[str]:
-    """How far recall of a kind falls with its own latents ablated, with those of others, and with random ones."""
-    rows = []
-    for whose, recall in recalls.items():
-        for name, form in (("a kind's latents", "{} latents"), ("as many random latents", "random, like {}")):
-            cells = [f"{name}, {whose}"]
-            for same in (True, False):
-                pairs = [(a, b) for a in kinds for b in kinds if (a == b) == same]
-                changes = [(recall["nothing"][b], recall[form.format(a)][b]) for a, b in pairs]
-                lost = sum(before["exact"] - after["exact"] for before, after in changes) / len(changes)
-                nats = sum(after["nats"] - before["nats"] for before, after in changes) / len(changes)
-                cells.append(f"{100 * lost:.0f} points, {nats:+.2f} nats")
-            rows.append(cells)
+def the_latents(runs: list[dict[str, Any]], kinds: dict[str, str]) -> list[str]:
+    """Which latents are a kind's, and what the control is."""
+    settings = runs[0]["settings"]
+    counts = [
+        f"{', '.join(str(sum(run['chosen'][index])) for run in runs)} of a {kind}"
+        for index, kind in enumerate(kinds.values())
+    ]
+    living = ", ".join(str(run["living"]) for run in runs)
     return [
-        "In the mean over kinds:",
+        "A kind's latents add more to the log probability of its answers than to that of any other kind's (gradient "
+        f"times activation): the strongest, until they hold {settings['share']:.0%} of what all such latents add "
+        f"beyond the others. By seed they are {'; '.join(counts)}; {living} latents are ever active where answers are "
+        "predicted. The control are random latents of the same layers that are no kind's, drawn until as much of what "
+        f"is read at the kind's answers goes with them as with the kind's own, {settings['controls']} draws for every "
+        "seed. What is read then is what the autoencoders make of it without these latents.",
+    ]
+
+
+def entries(run: dict[str, Any], whose: str, kind: str, name: str) -> list[dict[str, Any]]:
+    """What was found with a group of latents of a kind ablated, in every draw."""
+    group = run["tested"][whose]["kinds"][kind][name]
+    return group if isinstance(group, list) else [group]
+
+
+def spread(values: list[float], form: str) -> str:
+    """Mean and standard deviation."""
+    deviation = f" ± {format(statistics.stdev(values), form)}" if len(values) > 1 else ""
+    return f"{format(statistics.fmean(values), form)}{deviation}"
+
+
+def recall_table(runs: list[dict[str, Any]], whose: str, kinds: dict[str, str]) -> list[str]:
+    """Recall of every kind by what is ablated."""
+    rows = []
+
+    def row(name: str, recalls: list[dict[str, Any]], taken_out: list[float] | None = None) -> None:
+        cells = [
+            f"{spread([100 * recall[kind]['exact'] for recall in recalls], '.0f')}% · "
+            f"{spread([recall[kind]['nats'] for recall in recalls], '.2f')}"
+            for kind in kinds
+        ]
+        rows.append([name, "" if taken_out is None else f"{statistics.fmean(taken_out):.0%}", *cells])
+
+    def usual(name: str) -> list[dict[str, Any]]:
+        return [run["tested"][whose]["recall"][name] for run in runs]
+
+    row("the memory as it is", usual("the memory as it is"))
+    row("nothing", usual("nothing"), [0.0])
+    for name, form in (
+        ("latents", "latents of a {}"),
+        ("random", "random, as much as of a {}"),
+        ("portraits", "the best latents of a {}"),
+        ("portraits_random", "random, as much as the best of a {}"),
+    ):
+        for kind, named in kinds.items():
+            found = [entry for run in runs for entry in entries(run, whose, kind, name)]
+            taken = [entry["taken_out"][kind] for entry in found]
+            row(form.format(named), [entry["recall"] for entry in found], taken)
+    row("all that is read", usual("all that is read"), [1.0])
+    return [
+        "Answers of which every token is the most likely one, and nats per token of the answer; beside what is ablated "
+        "how much of what is read at that kind's answers goes with it, by length:",
+        "",
+        *table(["ablated", "taken out", *kinds.values()], rows),
+    ]
+
+
+def fallen(runs: list[dict[str, Any]], whose: str, kinds: list[str]) -> list[str]:
+    """How far recall of a kind falls with its own latents ablated, and that of others, beside random ones."""
+    rows = []
+    for name, shown in (
+        ("latents", "a kind's latents"),
+        ("random", "random ones, as much"),
+        ("portraits", "a kind's best latents"),
+        ("portraits_random", "random ones, as much"),
+        ("single", "a single one of the best"),
+    ):
+        changes: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
+        for run in runs:
+            nothing = run["tested"][whose]["recall"]["nothing"]
+            for ablated in kinds:
+                for entry in entries(run, whose, ablated, name):
+                    for asked in kinds:
+                        before, after = nothing[asked], entry["recall"][asked]
+                        lost = 100 * (before["exact"] - after["exact"]), after["nats"] - before["nats"]
+                        changes[asked == ablated].append(lost)
+        cells = [
+            f"{spread([points for points, _ in changes[own]], '.0f')} points, "
+            f"{spread([nats for _, nats in changes[own]], '.2f')} nats"
+            for own in (True, False)
+        ]
+        rows.append([shown, *cells])
+    return [
+        "In the mean over kinds, beside what the autoencoders make of all that is read:",
         "",
         *table(["ablated", "recall lost of that kind", "of the others"], rows),
+    ]
+
+
+def portraits(run: dict[str, Any], readers: list[str], kinds: dict[str, str]) -> list[str]:
+    """The latents that tell a kind best, and what goes with each of them."""
+    rows = []
+    for kind, named in kinds.items():
+        for index, entry in enumerate(next(iter(run["tested"].values()))["portraits"][kind]):
+            cells = [f"{named}: {readers[entry['layer']]}, latent {entry['latent']}"]
+            for of_whom in run["tested"].values():
+                seen = of_whom["portraits"][kind][index]
+                before, after = of_whom["recall"]["nothing"], of_whom["kinds"][kind]["single"][index]["recall"]
+                rises = [after[asked]["nats"] - before[asked]["nats"] for asked in kinds]
+                cells += [
+                    ", ".join(f"{share:.0%}" for share in seen["active"]),
+                    ", ".join(seen["answers"]),
+                    ", ".join(f"{rise:+.2f}" for rise in rises),
+                ]
+            rows.append(cells)
+    columns = [cell for whose in run["tested"] for cell in (whose, "most at", "alone ablated, nats")]
+    return [
+        "By the people to train on those latents that are active at far more of a kind's answers than of any other's, "
+        "and add most to them; seed 0. At which answers of others they are active (share of the answers about a "
+        f"{', a '.join(kinds.values())}), at which most, and by how much answers of these kinds become less likely "
+        "when the latent alone is ablated:",
         "",
-        "A part of the recall goes, not all of it: what an answer needs is also in latents that several kinds share. "
-        "With values that the autoencoders never saw the latents still fire for their kind, but less of what is read "
-        "is explained, and the ablation is hardly selective: recall of other kinds falls too. Most latents that are "
-        "ever active belong to one of the kinds, so those drawn at random are mostly other kinds', whose recall they "
-        "take. One seed, and few people: a point of recall is not sure.",
+        *table(["latent", *columns], rows),
     ]

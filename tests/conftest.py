@@ -1,6 +1,11 @@
 """Settings of all tests: offline, deterministic, one thread."""
 
+import importlib
 import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -8,6 +13,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+
+ROOT = Path(__file__).parents[1]
 
 
 settings.register_profile(
@@ -27,3 +35,21 @@ def deterministic_torch() -> None:
 def seeded() -> None:
     """Every test starts from the same random numbers."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], ModuleType]]:
+    """Imports a script of the examples or benchmarks, by its path there; it finds the other scripts of its folder."""
+    before = set(sys.modules)
+
+    def script(path: str) -> ModuleType:
+        folder = next(ROOT / of for of in ("examples", "benchmarks") if (ROOT / of / path).exists())
+        monkeypatch.syspath_prepend(str((folder / path).parent))
+        sys.modules.pop(Path(path).stem, None)
+        return importlib.import_module(Path(path).stem)
+
+    yield script
+    folders = tuple(f"{ROOT}/{of}/" for of in ("examples", "benchmarks"))
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", None) or "").startswith(folders):
+            del sys.modules[name]

@@ -1,31 +1,10 @@
 """The examples of Senri: what they compute is what they say."""
 
-import importlib.util
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-
-EXAMPLES = Path(__file__).parents[1] / "examples"
-
-
-@pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Imports a script of an example."""
-
-    def script(path: str) -> Any:
-        monkeypatch.syspath_prepend(str((EXAMPLES / path).parent))
-        spec = importlib.util.spec_from_file_location(f"example_{Path(path).stem}", EXAMPLES / path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-
-    yield script
-    sys.modules.pop("japanese", None)
 
 
 PAGE = "<html><h1>題</h1><p>名前はまだ無い。どこで<em>生れた</em>か\n とんと見当がつかぬ。</p><p>短い。</p></html>"

@@ -2,38 +2,25 @@
 
     python examples/cyclic_sequence/check_hallucinations.py
 
-For every kind of context: how often the model is back in the exact cycle, after how many symbols, and how many of the
-symbols that it says can never follow the one before.
+For every kind of context: how often the next symbol is one that may follow, how often the model is back in the exact
+cycle and after how many symbols, and how many of the symbols that it says can never follow the one before, the first
+of them after the last one given included.
 
 Writes `results.json` into `--output`.
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from train_cyclic import contexts, write_results
+from train_cyclic import contexts, judged, write_results
 from train_sae import task_of
 from transformers import AutoModelForCausalLM
 
 
-def judged(model: Any, task: Any, given: torch.Tensor, length: int) -> dict[str, float]:
-    """What becomes of contexts [n, T]."""
-    start = given.shape[1]
-    rollouts = model.rollout(given, length).tolist()
-    settled = [task.settled(rollout) for rollout in rollouts]
-    returned = [max(0, at - start) for at in settled if at is not None]
-    return {
-        "contexts": len(rollouts),
-        "returned": len(returned) / len(rollouts),
-        "symbols_to_return": sum(returned) / max(1, len(returned)),
-        "slowest": max(returned, default=0),
-        "forbidden_per_symbol": sum(task.forbidden(r[start:]) for r in rollouts) / (len(rollouts) * (length - 1)),
-    }
-
-
-def main() -> None:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The settings of a run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", type=Path, default=Path("checkpoints/cyclic"), help="folder that train_cyclic.py wrote")
@@ -41,26 +28,35 @@ def main() -> None:
     add("--length", type=int, default=72, help="symbols to generate")
     add("--seed", type=int, default=0)
     add("--output", type=Path, default=Path("checkpoints/cyclic-hallucinations"))
-    args = parser.parse_args()
+    return parser.parse_args(arguments)
 
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = parse(arguments)
     model = AutoModelForCausalLM.from_pretrained(args.model).eval()
     task, settings = task_of(args.model)
     block = settings["block"]
-    kinds = {
-        f"{wrong} wrong, unseen": torch.tensor(unseen[: args.count])
-        for wrong, unseen in contexts(task, block, settings["held_out"])[1].items()
-    }
+    training, testing = contexts(task, block, settings["held_out"])
+    seen = {tuple(context) for context, _ in training} | {tuple(window) for window in task.windows(block)}
     generator = torch.Generator().manual_seed(args.seed)
-    kinds["random symbols"] = torch.randint(task.symbols, (args.count, block), generator=generator)
-    kinds["one symbol for the whole window"] = torch.arange(task.symbols)[:, None].expand(-1, block)
-    kinds["a single symbol"] = torch.arange(task.symbols)[:, None]
-    kinds["true windows"] = torch.tensor(task.windows(block))
-    found = {name: judged(model, task, given, args.length) for name, given in kinds.items()}
-    write_results(args, {"kinds": found})
-    for name, row in found.items():
+    unseen = {
+        **{f"{wrong} wrong": of_sort for wrong, of_sort in testing.items()},
+        "random symbols": torch.randint(task.symbols, (2 * args.count, block), generator=generator).tolist(),
+        "one symbol for the whole window": [[symbol] * block for symbol in range(task.symbols)],
+    }
+    unseen = {name: [c for c in sort if tuple(c) not in seen][: args.count] for name, sort in unseen.items()}
+    # Training has these: the windows, and their first symbols.
+    known = {"true windows": task.windows(block), "a single symbol": [[symbol] for symbol in range(task.symbols)]}
+    found = {
+        name: {sort: judged(model, task, torch.tensor(given), args.length) for sort, given in sorts.items() if given}
+        for name, sorts in (("unseen", unseen), ("known", known))
+    }
+    write_results(args, found)
+    for name, row in (found["unseen"] | found["known"]).items():
         print(
-            f"{name:34s} {row['contexts']:4.0f} contexts, back in the cycle {row['returned']:6.1%} after "
-            f"{row['symbols_to_return']:.2f} symbols, forbidden {row['forbidden_per_symbol']:.4f} a symbol"
+            f"{name:34s} {row['contexts']:4.0f} contexts, next symbol right {row['right']:6.1%}, back in the cycle "
+            f"{row['returned']:6.1%} after {row['symbols_to_return']:.2f} symbols, forbidden "
+            f"{row['forbidden_per_symbol']:.4f} a symbol"
         )
     print(f"{args.output}")
 

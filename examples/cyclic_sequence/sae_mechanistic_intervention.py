@@ -2,23 +2,25 @@
 
     python examples/cyclic_sequence/sae_mechanistic_intervention.py
 
-Every latent is set to zero, and to `--strength` times the largest activation that it has in the sequence (more than it
-ever is, since the latents of the true phase stay on), at the last symbol of the window, at all phases. A latent's flip
-rate is the share of phases at which the predicted next symbol becomes another. The best latents are shown
-over rising strengths, beside random latents at theirs and beside random directions at changes as large; they are found
-on the true windows and tried again on contexts that training never saw. Setting all latents to those of another phase
-says how much of the count they hold.
+Changes are made at the last symbol of a window. A dose of 1 is the largest activation that a latent has there in the
+sequence, so that doses to 1 take no latent to where it never is; `--strength` is the dose that latents are judged by
+(beyond 1 the latents of the true phase, which stay on, can be outweighed). A latent's flip rate is the share of phases
+at which the predicted next symbol becomes another. The best latents are found on the true windows and tried again on
+contexts that training never saw. Beside each of them stand all other latents that are ever active at the last symbol,
+at the same dose of their own, and random directions with changes as large. Setting all latents to those of another
+phase says how much of the count they hold.
 
 Writes `results.json` and a figure into `--output`.
 """
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from train_cyclic import contexts, write_results
+from train_cyclic import TRAINED_WRONG, contexts, write_results
 from train_sae import task_of
 from transformers import AutoModelForCausalLM
 
@@ -28,6 +30,8 @@ from senri_hf.interpretability import Edit, dose_response, intervene, module_act
 
 DOSES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 LAST = {"positions": [-1]}
+# The share of phases that makes a latent count as one that flips them.
+HALF = 0.5
 
 
 class Subject:
@@ -40,23 +44,28 @@ class Subject:
         """The predicted next symbol of contexts [n, T]."""
         return self.model(given).logits[:, -1].argmax(-1)
 
-    def latents(self, given: torch.Tensor) -> torch.Tensor:
-        """Latents of contexts, [n, T, d_sae]."""
+    def activations(self, given: torch.Tensor) -> torch.Tensor:
+        """The module's output at the last symbol of contexts, [n, d_in]."""
         (activations,) = module_activations(self.model, self.place, [{"input_ids": given}])
-        return self.sae.encode(activations).view(*given.shape, -1)
+        return activations.view(*given.shape, -1)[:, -1]
 
-    def flips(self, given: torch.Tensor, edit: Edit) -> float:
+    def latents(self, given: torch.Tensor) -> torch.Tensor:
+        """Latents at the last symbol of contexts, [n, d_sae]."""
+        return self.sae.encode(self.activations(given))
+
+    def flips(self, given: torch.Tensor, edit: Edit, direction_seed: int | None = None) -> float:
         """The share of contexts after which something else is said with the edit."""
         usual = self.said(given)
-        with intervene(self.model, self.place, self.sae, edit, **LAST):
+        with intervene(self.model, self.place, self.sae, edit, direction_seed=direction_seed, **LAST):
             return float((self.said(given) != usual).double().mean())
 
-    def followed(self, given: torch.Tensor) -> float:
-        """How often the model says what follows another window, given that one's latents, where that differs."""
+    def followed(self, given: torch.Tensor, shifts: int) -> float:
+        """How often the model says what follows another context, given that one's latents, where that differs."""
         usual, latents = self.said(given), self.latents(given)
         follows = []
-        for shift in range(1, len(given)):
-            other = latents.roll(-shift, 0)
+        for shift in range(1, shifts):
+            # What stands at the other columns is not put in: those are not edited.
+            other = latents.roll(-shift, 0)[:, None].expand(-1, given.shape[1], -1)
             with intervene(self.model, self.place, self.sae, Edit(range(other.shape[-1]), "patch", other), **LAST):
                 patched = self.said(given)
             wanted = usual.roll(-shift)
@@ -64,85 +73,153 @@ class Subject:
         return float(torch.cat(follows).double().mean())
 
 
-@torch.no_grad()
-def main() -> None:
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Mean, largest, and the share of those that are at least `HALF`."""
+    count = max(1, len(values))
+    return {
+        "count": len(values),
+        "mean": sum(values) / count,
+        "most": max(values, default=0.0),
+        "half": sum(value >= HALF for value in values) / count,
+    }
+
+
+def beside_controls(
+    subject: Subject,
+    sorts: dict[str, torch.Tensor],
+    latent: int,
+    others: Sequence[int],
+    unit: torch.Tensor,
+    dose: float,
+    directions: int,
+) -> dict[str, Any]:
+    """Flip rates of one latent at a dose, and of its controls, by sort of contexts."""
+
+    def at(which: int) -> Edit:
+        return Edit(which, "clamp", dose * float(unit[which]))
+
+    found = {}
+    for name, given in sorts.items():
+        found[name] = {
+            "flips": subject.flips(given, at(latent)),
+            "other_latents": spread([subject.flips(given, at(other)) for other in others]),
+            "directions": spread([subject.flips(given, at(latent), seed) for seed in range(directions)]),
+        }
+    return found
+
+
+def generated(subject: Subject, task: Any, windows: torch.Tensor, edit: Edit, length: int) -> dict[str, Any]:
+    """What is said for a while under an edit, and after it."""
+    with intervene(subject.model, subject.place, subject.sae, edit, **LAST):
+        rollouts = subject.model.rollout(windows, length)[:, windows.shape[1] - 1 :].tolist()
+    last = torch.tensor(rollouts)[:, -windows.shape[1] :]
+    afterwards = subject.model.rollout(last, 2 * task.period).tolist()
+    return {
+        "example": "".join(map(str, rollouts[0][1:])),
+        "forbidden_per_symbol": sum(map(task.forbidden, rollouts)) / (len(rollouts) * length),
+        "exact_cycle_under_it": sum(task.settled(rollout[1:]) == 0 for rollout in rollouts) / len(rollouts),
+        "exact_cycle_after_it": sum(task.settled(rollout) is not None for rollout in afterwards) / len(afterwards),
+    }
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The settings of a run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", type=Path, default=Path("checkpoints/cyclic"), help="folder that train_cyclic.py wrote")
     add("--sae", type=Path, default=Path("checkpoints/cyclic-sae"), help="folder that train_sae.py wrote")
-    add("--strength", type=float, default=2.0, help="multiple of a latent's largest activation that it is set to")
+    add(
+        "--strength", type=float, default=2.0, help="dose: multiple of a latent's largest activation at the last symbol"
+    )
     add("--candidates", type=int, default=3, help="best latents to look at closely")
-    add("--controls", type=int, default=20, help="random latents, and random directions, for each of them")
+    add("--controls", type=int, default=100, help="random directions for each of them")
     add("--length", type=int, default=36, help="symbols to generate under intervention")
     add("--seed", type=int, default=0)
     add("--output", type=Path, default=Path("checkpoints/cyclic-intervention"))
-    args = parser.parse_args()
+    return parser.parse_args(arguments)
 
+
+@torch.no_grad()
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = parse(arguments)
     model = AutoModelForCausalLM.from_pretrained(args.model).eval()
     subject = Subject(model, SparseAutoencoder.from_pretrained(args.sae).eval())
     task, settings = task_of(args.model)
+    testing = contexts(task, settings["block"], settings["held_out"])[1]
     windows = torch.tensor(task.windows(settings["block"]))
-    unseen = torch.tensor(contexts(task, settings["block"], settings["held_out"])[1][1])
-    latents = subject.latents(windows).flatten(0, 1)
+    unseen = torch.tensor([context for wrong in TRAINED_WRONG for context in testing[wrong]])
+    sorts = {"windows": windows, "unseen": unseen}
+    latents = subject.latents(windows)
     density, largest = (latents > 0).double().mean(0), latents.amax(0)
 
-    def full(latent: int) -> Edit:
-        return Edit(latent, "clamp", args.strength * float(largest[latent]))
+    def clamped(latent: int, dose: float) -> Edit:
+        return Edit(latent, "clamp", dose * float(largest[latent]))
 
+    living = (density > 0).nonzero()[:, 0].tolist()
     rates: list[dict[str, Any]] = []
-    for latent in (density > 0).nonzero()[:, 0].tolist():
-        ablated, clamped = (subject.flips(windows, edit) for edit in (Edit(latent, "ablate"), full(latent)))
-        rates.append({"latent": latent, "ablated": ablated, "clamped": clamped, "largest": float(largest[latent])})
-    rates.sort(key=lambda rate: -max(rate["ablated"], rate["clamped"]))
+    for latent in living:
+        rate = {"latent": latent, "largest": float(largest[latent])}
+        rate["ablated"] = subject.flips(windows, Edit(latent, "ablate"))
+        rate |= {str(dose): subject.flips(windows, clamped(latent, dose)) for dose in {1.0, args.strength}}
+        rates.append(rate)
+    rates.sort(key=lambda rate: (-rate[str(args.strength)], -rate["1.0"]))
     best = [rate["latent"] for rate in rates[: args.candidates]]
 
     usual = subject.said(windows)
-    doses = sorted({*DOSES, args.strength})
-    found = dose_response(
+    response = dose_response(
         model,
         subject.place,
         subject.sae,
         {f"latent {latent}": [latent] for latent in best},
         lambda: float((subject.said(windows) != usual).double().mean()),
-        doses,
+        sorted({*DOSES, args.strength}),
         mode="clamp",
         unit=largest,
-        controls=args.controls,
+        controls=min(args.controls, 20),
         density=density,
         seed=args.seed,
         **LAST,
     )
-    said = {}
+    centred = subject.activations(windows)
+    centred = centred - centred.mean(0)
+    looked_at = []
     for latent in best:
-        with intervene(model, subject.place, subject.sae, full(latent), **LAST):
-            rollouts = model.rollout(windows, args.length)[:, windows.shape[1] :].tolist()
-        afterwards = model.rollout(torch.tensor(rollouts)[:, -windows.shape[1] :], 2 * task.period).tolist()
-        said[str(latent)] = {
-            "example": "".join(map(str, rollouts[0])),
-            "forbidden_per_symbol": sum(map(task.forbidden, rollouts)) / (len(rollouts) * (args.length - 1)),
-            "exact_cycle_under_it": sum(task.settled(r) == 0 for r in rollouts) / len(rollouts),
-            "exact_cycle_after_it": sum(task.settled(r) is not None for r in afterwards) / len(afterwards),
+        others = [other for other in living if other not in best]
+        by_dose = {
+            str(dose): beside_controls(subject, sorts, latent, others, largest, dose, args.controls)
+            for dose in (1.0, args.strength)
         }
-    at = doses.index(args.strength)
-    first = found["groups"][f"latent {best[0]}"]
-    random_latents, random_directions = ([line[at] for line in first[kind]] for kind in ("controls", "directions"))
-    summary = {
-        "best_flip_rate": max(rates[0]["ablated"], rates[0]["clamped"]),
-        "best_flip_rate_unseen": max(subject.flips(unseen, e) for e in (Edit(best[0], "ablate"), full(best[0]))),
-        "random_latents_mean": sum(random_latents) / len(random_latents),
-        "random_latents_most": max(random_latents),
-        "random_directions_mean": sum(random_directions) / len(random_directions),
-        "patch_followed": subject.followed(windows),
+        edit = clamped(latent, args.strength)
+        change = (args.strength * largest[latent] - latents[:, latent]).abs() / subject.sae.activation_scale
+        looked_at.append(
+            {
+                "latent": latent,
+                "doses": by_dose,
+                "change": float((change / centred.norm(dim=-1)).mean()),
+                "generated": generated(subject, task, windows, edit, args.length),
+            }
+        )
+    found = {
+        "phases": task.period,
+        "module": subject.place,
+        "latents": len(density),
+        "active_at_the_last_symbol": len(living),
+        "best": looked_at,
+        "rates": rates,
+        "patch_followed": {name: subject.followed(given, task.period) for name, given in sorts.items()},
+        "dose_response": response,
     }
-    found_in_all = {"phases": task.period, "module": subject.place, **summary}
-    write_results(args, found_in_all | {"latents": rates, "dose_response": found, "rollouts": said})
+    write_results(args, found)
     plots.dose_responses(
-        found,
+        response,
         args.output / "dose_response.png",
         y_label="share of phases that flip",
-        x_label="multiple of the latent's largest activation",
+        x_label="multiple of the largest activation at the last symbol",
+        usual=1.0,
     )
-    print(json.dumps(summary, indent=1))
+    for entry in looked_at:
+        print(f"latent {entry['latent']}", json.dumps(entry["doses"], indent=1))
+    print("followed", found["patch_followed"])
     print(f"{args.output}")
 
 

@@ -2,15 +2,16 @@
 
     python examples/cyclic_sequence/train_sae.py
 
-It is trained on the activations of all windows of the sequence (there are no others), or, with `--contexts wrong`, of
-contexts with wrong symbols beside them. It is measured on the windows, and on contexts with wrong symbols that neither
-the transformer nor the autoencoder ever saw.
+It is trained on the activations of all windows of the sequence, and of about as many contexts with wrong symbols;
+with `--contexts windows` on those of the windows alone. It is measured on contexts with wrong symbols that neither the
+transformer nor the autoencoder ever saw, and on the windows, of which there are no others than those trained on.
 
 Writes the autoencoder, `results.json` and figures into `--output`.
 """
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,9 @@ from senri_hf.tasks import CyclicSequence
 
 
 ROWS = 90
+SORTS = ("both", "windows")
+# The explained variance that is aimed at.
+EXPLAINED = 0.998
 
 
 def task_of(model_folder: Path) -> tuple[CyclicSequence, dict[str, Any]]:
@@ -43,6 +47,28 @@ def task_of(model_folder: Path) -> tuple[CyclicSequence, dict[str, Any]]:
 
 def batches(rows: list[list[int]]) -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": torch.tensor(rows[start : start + ROWS])} for start in range(0, len(rows), ROWS)]
+
+
+def rows_of(task: CyclicSequence, settings: dict[str, Any], sort: str) -> list[list[int]]:
+    """Contexts to train on, of a sort of `SORTS`: the windows as often as it takes to be as many as the others."""
+    windows = task.windows(settings["block"])
+    training = [context for context, _ in contexts(task, settings["block"], settings["held_out"])[0]]
+    return windows if sort == "windows" else windows * max(1, len(training) // len(windows)) + training
+
+
+def unseen_rows(task: CyclicSequence, settings: dict[str, Any]) -> list[list[int]]:
+    """Contexts with as many wrong symbols as training has, none of which it has."""
+    testing = contexts(task, settings["block"], settings["held_out"])[1]
+    return [context for wrong in TRAINED_WRONG for context in testing[wrong]]
+
+
+def extent(model: Any, module: str, rows: list[list[int]]) -> dict[str, int]:
+    """How many different activations contexts give, and how many principal components hold `EXPLAINED` of them."""
+    x = torch.cat(list(module_activations(model, module, batches(rows)))).double()
+    variances = torch.linalg.svdvals(x - x.mean(0)).square()
+    held = variances.cumsum(0) / variances.sum()
+    different = {tuple(row[:end]) for row in rows for end in range(1, len(row) + 1)}
+    return {"different": len(different), "components": int((held < EXPLAINED).sum()) + 1}
 
 
 def measure(model: Any, module: str, sae: Any, rows: list[list[int]]) -> dict[str, Any]:
@@ -57,8 +83,10 @@ def add_training(parser: argparse.ArgumentParser, steps: int) -> None:
     add = parser.add_argument
     add("--model", type=Path, default=Path("checkpoints/cyclic"), help="folder that train_cyclic.py wrote")
     add("--layer", type=int, default=0, help="the residual stream after this layer is looked at")
+    add("--contexts", choices=SORTS, default="both", help="trained on windows alone, or also on wrong contexts")
+    add("--expansion-factor", type=float, default=1, help="latents per dimension")
     add("--steps", type=int, default=steps)
-    add("--batch-size", type=int, default=720, help="activations of a step")
+    add("--batch-size", type=int, default=2048, help="activations of a step")
     add("--lr", type=float, default=1e-2)
     add("--seed", type=int, default=0)
 
@@ -110,31 +138,29 @@ def trained(
     return sae.eval(), trainer.state.log_history
 
 
-def main() -> None:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The settings of a run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_training(parser, steps=8000)
+    add_training(parser, steps=12000)
     add = parser.add_argument
-    add("--contexts", choices=("windows", "wrong"), default="windows")
     add("--variant", choices=VARIANTS, default="topk")
-    add("--expansion-factor", type=float, default=0.4375, help="latents per dimension")
     add("--k", type=int, default=4, help="active latents, for topk and batchtopk")
     add("--sparsity-coefficient", type=float, default=0.1, help="penalty, for relu, jumprelu and gated")
     add("--output", type=Path, default=Path("checkpoints/cyclic-sae"))
-    args = parser.parse_args()
+    return parser.parse_args(arguments)
 
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = parse(arguments)
     set_seed(args.seed)
     model = AutoModelForCausalLM.from_pretrained(args.model).eval()
     task, settings = task_of(args.model)
     block, module = settings["block"], f"model.layers.{args.layer}"
-    windows = task.windows(block)
-    training, testing = contexts(task, block, settings["held_out"])
-    rows = windows if args.contexts == "windows" else windows * 20 + [context for context, _ in training]
-    unseen = [context for wrong in TRAINED_WRONG for context in testing[wrong]]
-
+    sorts = {"unseen": unseen_rows(task, settings), "windows": task.windows(block)}
     sae, log = trained(
         model,
         module,
-        rows,
+        rows_of(task, settings, args.contexts),
         args,
         expansion_factor=args.expansion_factor,
         variant=args.variant,
@@ -143,7 +169,10 @@ def main() -> None:
     )
     sae.save_pretrained(args.output)
 
-    result = {name: measure(model, module, sae, rows) for name, rows in (("windows", windows), ("unseen", unseen))}
+    result: dict[str, Any] = {name: measure(model, module, sae, rows) for name, rows in sorts.items()}
+    active = torch.tensor([entry["density"] for entry in result.values()]).amax(0) > 0
+    result |= {"latents": len(active), "dead": float((~active).double().mean()), "width": model.config.hidden_size}
+    result["extent"] = {name: extent(model, module, rows) for name, rows in sorts.items()}
     write_results(args, result)
 
     logged = [entry for entry in log if "l0" in entry]
@@ -153,14 +182,15 @@ def main() -> None:
         y_label="share of variance",
         log=True,
     )
-    plots.latent_density({"windows": result["windows"]["density"]}, args.output / "density.png")
+    densities = {"unseen contexts": result["unseen"]["density"], "windows": result["windows"]["density"]}
+    plots.latent_density(densities, args.output / "density.png")
     sequence = task.window(0, task.period + block - 1)
     in_turn = [sequence[start : start + block] for start in range(task.period)]
     (activations,) = module_activations(model, module, [{"input_ids": torch.tensor(in_turn)}])
     latents = sae.encode(activations).detach().view(task.period, block, -1)[:, -1]
     labels = [str(window[-1]) for window in in_turn]
     plots.latents_over_cycle(latents, labels, args.output / "cycle.png")
-    for name in ("windows", "unseen"):
+    for name in sorts:
         print(name, {key: value for key, value in result[name].items() if key != "density"})
     print(f"{args.output}")
 

@@ -12,6 +12,7 @@ Writes the model, `results.json` and two figures into `--output`.
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,8 @@ def jumps(sequences: NDArray[np.int64]) -> float:
     return float((np.abs(np.diff(sequences, axis=1)) == 2).mean())
 
 
-def main() -> None:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The settings of a run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--trajectories", type=int, default=200, help="to train on")
@@ -111,8 +113,11 @@ def main() -> None:
     add("--lags", type=int, default=60, help="of the autocorrelation")
     add("--seed", type=int, default=0)
     add("--output", type=Path, default=Path("checkpoints/lorenz"))
-    args = parser.parse_args()
+    return parser.parse_args(arguments)
 
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = parse(arguments)
     set_seed(args.seed)
     training = lorenz_symbols(args.trajectories, args.length, seed=2 * args.seed)
     testing = lorenz_symbols(args.test_trajectories, args.length, seed=2 * args.seed + 1)
@@ -138,6 +143,7 @@ def main() -> None:
             save_strategy="no",
             report_to="none",
             remove_unused_columns=False,
+            dataloader_pin_memory=False,
             disable_tqdm=True,
             seed=args.seed,
         ),

@@ -5,27 +5,31 @@
 People tell facts of several kinds (cities, colours, names of pets), one a conversation, and ask for each of them in a
 new one. Sparse autoencoders are trained on what the adapter's readers add to the residual stream at the replies, one
 for each layer. A kind's latents are those that add more to the log probability of its answers than to that of any
-other kind's. They are found with people to train on, and ablated with others: people whose facts are drawn from the
-same values and phrasings, and people whose values and phrasings never occurred there. As many random latents that are
-active about as often are the control. What is scored is whether every token of the answer is the most likely one after
-the beginning of the reply, and the probability of its tokens. Changes are made at the reply only: the question is read
-as it is.
+other kind's: the strongest, until they hold `--share` of what all of them add. They are found with people to train on,
+and ablated with others: people whose facts are drawn from the same values and phrasings, and people whose values and
+phrasings never occurred there.
+
+The control are random latents of the same layers that are no kind's, drawn until as much of what is read at the kind's
+answers goes with them as with the kind's own, some times anew. The latents that tell a kind best are ablated by
+themselves too, together and one by one. What is scored is whether every token of the answer is the most likely one
+after the beginning of the reply, and the probability of its tokens. Changes are made at the reply only: the question is
+read as it is.
 
 Writes the autoencoders, `results.json` and two figures into `--output`; parts that are there are not run again.
 """
 
 import argparse
 import contextlib
-import itertools
+import hashlib
 import json
 import random
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from asking import Asked, answered, log_likelihoods, reads, recalled, remembered
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import set_seed
@@ -37,146 +41,25 @@ from senri_hf.interpretability import (
     SparseAutoencoder,
     SparseAutoencoderTrainer,
     SparseAutoencoderTrainingArguments,
-    captured,
-    control_latents,
     intervene,
     plots,
     reconstruction_metrics,
 )
 from senri_hf.interpretability.hooks import replaced_output
-from senri_hf.tasks import Question, recall_episodes
-from senri_hf.tasks.recall import load_data
-from senri_hf.training import tell
 
 
-ROWS = 16
-IGNORED = -100
 # Share of latents at which gradients are taken: with all of them the answer is sure, and no single one is missed.
 SHARE = 0.5
-# Latents of a kind that are shown.
-PORTRAITS = 3
+# Latents of a kind that are shown; they are active at so much larger a share of its answers than of any other kind's.
+PORTRAITS, TELLING = 3, 0.5
 LATENTS = "latents.safetensors"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # By split of the data, the people that are tested.
 TESTED = {"train": "other people", "validation": "other people, unseen values and phrasings"}
+# Seeds of the people that are tested are so much larger than those of the people to train on.
+TEST_SEEDS = 1000
 
-
-@dataclass
-class Asked:
-    """Questions about one kind of fact, one for each person, read up to the last token before the reply.
-
-    Attributes:
-        cache: What the person told, and the question.
-        inputs: The last token of the question and the reply, as arguments of the model, [people, T].
-        labels: The answer's tokens where they stand, -100 elsewhere, [people, T].
-    """
-
-    kind: str
-    questions: list[Question]
-    cache: senri_hf.MemoryCache
-    inputs: dict[str, torch.Tensor]
-    labels: torch.Tensor
-
-    @property
-    def real(self) -> torch.Tensor:
-        """[people, T] which columns are no padding."""
-        return self.inputs["attention_mask"][:, -self.labels.shape[1] :].bool()
-
-
-def tokens_of(tokenizer: Any, question: Question) -> tuple[list[int], list[int], int]:
-    """A question and its reply as ids, those of the answer in it (-100 elsewhere), and where the reply begins."""
-    messages = [{"role": m["role"], "content": m["content"]} for m in question.conversation]
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
-    reply = text.rindex(question.reply)
-    start = reply + question.reply.lower().rindex(question.answer.lower())
-    encoded = tokenizer(text[: reply + len(question.reply)], add_special_tokens=False, return_offsets_mapping=True)
-    inside = [last > start and first < start + len(question.answer) for first, last in encoded["offset_mapping"]]
-    labels = [i if here else IGNORED for i, here in zip(encoded["input_ids"], inside, strict=True)]
-    return (
-        encoded["input_ids"],
-        labels,
-        next(i for i, (_, last) in enumerate(encoded["offset_mapping"]) if last > reply),
-    )
-
-
-def told_and_asked(
-    kinds: Sequence[str], people: int, split: str, seed: int
-) -> Iterator[tuple[list[list[Any]], list[list[Question]]]]:
-    """What people tell and ask, `ROWS` at a time: for every person conversations, and for every kind questions."""
-    relations = {kind: [r["key"] for r in load_data()["relations"] if r["category"] == kind and r["split"] == "train"]
-                 for kind in kinds}  # fmt: skip
-    rng = random.Random(f"{split} {seed}")
-    for start in range(0, people, ROWS):
-        told: list[list[Any]] = []
-        questions: list[list[Question]] = [[] for _ in kinds]
-        for _ in range(min(ROWS, people - start)):
-            one = [recall_episodes(1, split=split, relations=rng.choice(relations[kind]), seed=rng.randrange(10**9))[0]
-                   for kind in kinds]  # fmt: skip
-            conversations = [conversation for episode in one for conversation in episode.told]
-            told.append(rng.sample(conversations, len(conversations)))
-            for of_kind, episode in zip(questions, one, strict=True):
-                of_kind.append(episode.questions[0])
-        yield told, questions
-
-
-@torch.no_grad()
-def remembered(model: Any, tokenizer: Any, kinds: Sequence[str], people: int, split: str, seed: int) -> list[Asked]:
-    """Questions to people who told a fact of every kind."""
-    found = []
-    for told, questions in told_and_asked(kinds, people, split, seed):
-        memory = tell(model, tokenizer, told)
-        found += [asked_after(model, tokenizer, memory, *pair) for pair in zip(kinds, questions, strict=True)]
-        print(f"{split}: {len(found) // len(kinds) * ROWS} people told and asked", flush=True)
-    return found
-
-
-def asked_after(
-    model: Any, tokenizer: Any, memory: senri_hf.MemoryCache, kind: str, questions: list[Question]
-) -> Asked:
-    """Questions, read with a memory."""
-    rows = [tokens_of(tokenizer, question) for question in questions]
-    before = max(start for _, _, start in rows) - 1
-    after = max(len(ids) - start for ids, _, start in rows) + 1
-    pad, length = tokenizer.pad_token_id, before + after
-    ids, labels, mask = torch.full((len(rows), length), pad), torch.full((len(rows), length), IGNORED), None
-    mask = torch.zeros(len(rows), length, dtype=torch.long)
-    for row, (row_ids, row_labels, start) in enumerate(rows):
-        place = slice(before + 1 - start, before + 1 - start + len(row_ids))
-        ids[row, place], labels[row, place], mask[row, place] = torch.tensor(row_ids), torch.tensor(row_labels), 1
-    position_ids = (mask.cumsum(-1) - 1).clamp_min(0)
-    cache = memory.snapshot()
-    prompt = {
-        "input_ids": ids[:, :before],
-        "attention_mask": mask[:, :before],
-        "position_ids": position_ids[:, :before],
-    }
-    model(**prompt, past_key_values=cache, logits_to_keep=1)
-    inputs = {"input_ids": ids[:, before:], "attention_mask": mask, "position_ids": position_ids[:, before:]}
-    return Asked(kind, questions, cache, inputs, labels[:, before:])
-
-
-def answered(model: Any, asked: Asked) -> torch.Tensor:
-    """Logits [people, T, V] of what follows the question's last token and every token of the reply."""
-    logits: torch.Tensor = model(**asked.inputs, past_key_values=asked.cache.snapshot()).logits
-    return logits
-
-
-@torch.no_grad()
-def reads(model: Any, places: Sequence[str], questions: list[Asked]) -> list[list[torch.Tensor]]:
-    """What readers at places add at replies, [tokens, d_in] for each of them: by questions."""
-    found = []
-    for asked in questions:
-        with contextlib.ExitStack() as stack:
-            outputs = [stack.enter_context(captured(model, place)) for place in places]
-            answered(model, asked)
-        found.append([output[0][asked.real].float() for output in outputs])
-    return found
-
-
-def log_likelihoods(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """log p of the labelled tokens, [people, T - 1], 0 elsewhere."""
-    wanted = labels[:, 1:]
-    chosen = logits[:, :-1].float().log_softmax(-1).gather(-1, wanted.clamp_min(0)[..., None])[..., 0]
-    return chosen * (wanted != IGNORED)
+Recall = dict[str, dict[str, float]]
 
 
 def train(place: str, activations: torch.Tensor, args: argparse.Namespace) -> SparseAutoencoder:
@@ -225,26 +108,36 @@ def largest(autoencoders: list[SparseAutoencoder], asked: Asked, of_places: list
     Args:
         of_places: What readers added at the replies, as `reads` has it.
     """
-    predicted = torch.nn.functional.pad(asked.labels[:, 1:] != IGNORED, (0, 1))
     found = []
     for sae, added in zip(autoencoders, of_places, strict=True):
         latents = torch.zeros(*asked.labels.shape, sae.W_dec.shape[0])
         latents[asked.real] = sae.encode(added)
-        found.append((latents * predicted[..., None]).amax(1))
+        found.append((latents * asked.predicting[..., None]).amax(1))
     return torch.stack(found, dim=1)
 
 
-def activity(
+@torch.no_grad()
+def profile(
     autoencoders: list[SparseAutoencoder],
     kinds: Sequence[str],
     questions: list[Asked],
     found: list[list[torch.Tensor]],
-) -> torch.Tensor:
-    """The share of the answers of every kind at which each latent is active, [kinds, layers, d_sae]."""
-    shares: list[list[torch.Tensor]] = [[] for _ in kinds]
+) -> dict[str, torch.Tensor]:
+    """Where latents are active, by kind, where the tokens of its answers are predicted; each [kinds, layers, d_sae].
+
+    Returns:
+        `shares`: of the answers at which each is active; `sizes`: the mean length of what each adds to what is read.
+    """
+    active: list[list[torch.Tensor]] = [[] for _ in kinds]
+    sizes, tokens = torch.zeros(len(kinds), len(autoencoders), autoencoders[0].W_dec.shape[0]), torch.zeros(len(kinds))
     for asked, of_places in zip(questions, found, strict=True):
-        shares[kinds.index(asked.kind)].append(largest(autoencoders, asked, of_places) > 0)
-    return torch.stack([torch.cat(of_kind).double().mean(0) for of_kind in shares])
+        kind, predicting = kinds.index(asked.kind), asked.predicting[asked.real]
+        active[kind].append(largest(autoencoders, asked, of_places) > 0)
+        tokens[kind] += predicting.sum()
+        for layer, (sae, added) in enumerate(zip(autoencoders, of_places, strict=True)):
+            sizes[kind, layer] += sae.encode(added[predicting]).sum(0) / sae.activation_scale
+    shares = torch.stack([torch.cat(of_kind).double().mean(0) for of_kind in active])
+    return {"shares": shares, "sizes": sizes / tokens[:, None, None]}
 
 
 def attributions(
@@ -284,56 +177,82 @@ def scaled_down(sae: SparseAutoencoder, kept: list[Any]) -> Any:
     return function
 
 
-def latents_of(kind: int, attributed: torch.Tensor) -> list[list[int]]:
-    """The latents of every layer that add more to a kind's answers than to those of any other.
+def beyond_others(values: torch.Tensor) -> torch.Tensor:
+    """By how much the values [kinds, ...] of a kind are above the largest of the others', and above 0."""
+    others = torch.stack([torch.cat([values[:kind], values[kind + 1 :]]).amax(0) for kind in range(len(values))])
+    return values - others.clamp_min(0)
+
+
+def latents_of_kinds(attributed: torch.Tensor, share: float) -> list[list[list[int]]]:
+    """By kind and layer the latents that add more to its answers than to any other's: those that hold most of that.
 
     Args:
         attributed: [kinds, layers, d_sae], see `attributions`.
+        share: Of what all such latents of a kind add beyond the other kinds, what those returned hold.
     """
-    others = torch.cat([attributed[:kind], attributed[kind + 1 :]]).amax(0).clamp_min(0)
-    of_kind = attributed[kind] > others
-    return [of_layer.nonzero()[:, 0].tolist() for of_layer in of_kind]
+    chosen = []
+    for of_kind in beyond_others(attributed).clamp_min(0):
+        ordered = of_kind.flatten().sort(descending=True)
+        count = int((ordered.values.cumsum(0) < share * ordered.values.sum()).sum()) + 1
+        kept = torch.zeros_like(of_kind, dtype=torch.bool).flatten()
+        kept[ordered.indices[:count]] = True
+        kept = kept.view_as(of_kind) & (of_kind > 0)
+        chosen.append([of_layer.nonzero()[:, 0].tolist() for of_layer in kept])
+    return chosen
 
 
-def as_many_random(density: torch.Tensor, latents: list[int], seed: int) -> list[int]:
-    """Other latents, as many and active about as often; fewer where no more of them are alive."""
-    others = int((density > 0).sum()) - int((density[latents] > 0).sum())
-    like = latents[:others]
-    return control_latents(density, like, 1, seed=seed, exclude=latents)[0] if like else []
-
-
-def portraits(
-    kind: int, shares: torch.Tensor, tested: torch.Tensor, answers: list[tuple[str, torch.Tensor]]
-) -> list[dict[str, Any]]:
-    """The latents that tell a kind best from the others: when they are active for other people, at which answers most.
+def as_much_random(
+    sizes: torch.Tensor, latents: list[list[int]], belonging: list[list[int]], seed: int
+) -> list[list[int]]:
+    """Random latents, drawn layer by layer until they add as much to what is read as `latents`, or there are no more.
 
     Args:
-        shares: Of the people that latents are chosen by, [kinds, layers, d_sae].
-        tested: The same of others.
-        answers: Of others, each with its `largest`.
+        sizes: What latents add at the answers of a kind, [layers, d_sae].
+        belonging: By layer latents that are some kind's, of which none is drawn.
     """
-    others = torch.cat([shares[:kind], shares[kind + 1 :]]).amax(0)
-    shown = []
-    for index in (shares[kind] - others).flatten().topk(PORTRAITS).indices.tolist():
-        layer, latent = divmod(index, shares.shape[-1])
-        strengths = sorted(((float(of[layer, latent]), answer) for answer, of in answers), reverse=True)
-        most = [answer for strength, answer in strengths[:5] if strength > 0]
-        shown.append({"layer": layer, "latent": latent, "active": tested[:, layer, latent].tolist(), "answers": most})
-    return shown
+    rng, drawn = random.Random(seed), []
+    for of_layer, chosen, taken in zip(sizes, latents, belonging, strict=True):
+        free = [latent for latent in (of_layer > 0).nonzero()[:, 0].tolist() if latent not in set(taken)]
+        rng.shuffle(free)
+        wanted = of_layer[chosen].sum()
+        short = (of_layer[free].cumsum(0) < wanted).sum() if free else 0
+        drawn.append(free[: int(short) + 1] if wanted > 0 else [])
+    return drawn
 
 
 @torch.no_grad()
-def recalled(model: Any, questions: list[Asked]) -> dict[str, dict[str, float]]:
-    """By kind: `exact`, the share of answers whose every token is the most likely one; `nats`, -log p of a token."""
-    found: dict[str, dict[str, list[float]]] = {}
-    for asked in questions:
-        logits = answered(model, asked)
-        part = asked.labels[:, 1:] != IGNORED
-        right = (logits[:, :-1].argmax(-1) == asked.labels[:, 1:]) | ~part
-        entry = found.setdefault(asked.kind, {"exact": [], "nats": []})
-        entry["exact"] += right.all(-1).double().tolist()
-        entry["nats"] += (-log_likelihoods(logits, asked.labels).sum(-1) / part.sum(-1)).tolist()
-    return {kind: {name: sum(v) / len(v) for name, v in entry.items()} for kind, entry in found.items()}
+def taken_out(
+    autoencoders: list[SparseAutoencoder], latents: list[list[int]], questions: list[Asked], found: list[Any]
+) -> dict[str, float]:
+    """By kind the length of what latents add where answers are predicted, as a share of the length of what is read."""
+    sums: dict[str, tuple[float, float]] = {}
+    for asked, of_places in zip(questions, found, strict=True):
+        predicting = asked.predicting[asked.real]
+        gone, whole = sums.get(asked.kind, (0.0, 0.0))
+        for sae, chosen, added in zip(autoencoders, latents, of_places, strict=True):
+            left = sae.encode(added[predicting])[:, chosen] @ sae.W_dec[chosen] / sae.activation_scale
+            gone += float(left.norm(dim=-1).sum())
+            whole += float(added[predicting].norm(dim=-1).sum())
+        sums[asked.kind] = gone, whole
+    return {kind: gone / whole for kind, (gone, whole) in sums.items()}
+
+
+def telling(profiled: dict[str, torch.Tensor], kind: int) -> list[tuple[int, int]]:
+    """Layer and index of the latents that tell a kind best, of those that add to its answers most.
+
+    They are active at far more of its answers than of any other kind's; where no latent is, those come first that are
+    so most.
+    """
+    difference = beyond_others(profiled["shares"])[kind].flatten()
+    added = beyond_others(profiled["attributed"])[kind].flatten()
+    tells = difference >= min(TELLING, float(difference.topk(PORTRAITS).values[-1]))
+    best = added.masked_fill(~tells, -torch.inf).topk(PORTRAITS).indices.tolist()
+    return [divmod(index, profiled["shares"].shape[-1]) for index in best]
+
+
+def by_layer(latents: Sequence[tuple[int, int]], layers: int) -> list[list[int]]:
+    """Latents, named by layer and index, as a list for every layer."""
+    return [[latent for at, latent in latents if at == layer] for layer in range(layers)]
 
 
 @contextlib.contextmanager
@@ -354,11 +273,12 @@ def nothing_read(model: Any, places: Sequence[str]) -> Iterator[None]:
         yield
 
 
-def main() -> None:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The settings of a run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", default="smollm2-135m-instruct")
-    add("--adapter", required=True, help="folder of an episodic memory adapter")
+    add("--adapter", type=Path, required=True, help="folder of an episodic memory adapter")
     add("--kinds", nargs="+", default=["city", "colour", "pet_name"], help="categories of senri_hf.tasks' values")
     add("--people", type=int, default=48, help="to train on")
     add("--test-people", type=int, default=16)
@@ -367,18 +287,22 @@ def main() -> None:
     add("--steps", type=int, default=200)
     add("--batch-size", type=int, default=256, help="activations of a step")
     add("--lr", type=float, default=2e-3)
-    add("--controls", type=int, default=1, help="random groups for every kind")
-    add(
-        "--tested",
-        nargs="*",
-        choices=TESTED,
-        default=list(TESTED),
-        help="people to test; the others wait for another run",
-    )
+    add("--share", type=float, default=0.8, help="of what latents add to a kind's answers alone, that its latents hold")
+    add("--controls", type=int, default=3, help="random groups for every group of latents")
     add("--seed", type=int, default=0)
     add("--output", type=Path, default=Path("checkpoints/memory-reads"))
-    args = parser.parse_args()
+    return parser.parse_args(arguments)
 
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments as `results.json` has them, and the adapter's weights by their hash."""
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    weights = (args.adapter / ADAPTER_WEIGHTS).read_bytes()
+    return settings | {"adapter_sha256": hashlib.sha256(weights).hexdigest()}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = parse(arguments)
     began = time.process_time()
     set_seed(args.seed)
     base, tokenizer = senri_hf.load_base(args.model, progress=False)
@@ -387,10 +311,8 @@ def main() -> None:
               if name.endswith("memory_adapter.senri_block.default")]  # fmt: skip
     if not places:
         raise SystemExit(f"{args.adapter} is no memory adapter with readers")
-    parts = args.output / "parts"
+    parts, settings = args.output / "parts", settings_of(args)
     parts.mkdir(parents=True, exist_ok=True)
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    del settings["tested"]
     if not (parts / "settings.json").exists():
         write(parts / "settings.json", settings)
     if json.loads((parts / "settings.json").read_text()) != settings:
@@ -398,37 +320,26 @@ def main() -> None:
     if not (parts / LATENTS).exists():
         find(model, tokenizer, places, args, parts)
         write(parts / "people.json", {"cpu_seconds": time.process_time() - began})
-    for split in args.tested:
+    for split in TESTED:
         if not (parts / f"{split}.json").exists():
             began = time.process_time()
             found = test(model, tokenizer, places, args, parts, split)
             write(parts / f"{split}.json", found | {"cpu_seconds": time.process_time() - began})
-    names = ["people", *TESTED]
-    if not all((parts / f"{name}.json").exists() for name in names):
-        return
-    every = {name: json.loads((parts / f"{name}.json").read_text()) for name in names}
-    tensors = load_file(parts / LATENTS)
+    every = {name: json.loads((parts / f"{name}.json").read_text()) for name in ("people", *TESTED)}
+    profiled = load_file(parts / LATENTS)
     result: dict[str, Any] = {
         "settings": settings,
         "readers": places,
-        "attributed": tensors["attributed"].clamp_min(0).sum(-1).tolist(),
+        "living": int((profiled["shares"] > 0).any(0).sum()),
         "chosen": [
-            [len(of_layer) for of_layer in latents_of(i, tensors["attributed"])] for i in range(len(args.kinds))
+            [len(of_layer) for of_layer in kind] for kind in latents_of_kinds(profiled["attributed"], args.share)
         ],
         "tested": {whose: every[split] for split, whose in TESTED.items()},
         "cpu_seconds": sum(part["cpu_seconds"] for part in every.values()),
     }
     write(args.output / "results.json", result)
     for split, whose in TESTED.items():
-        plots.matrix(
-            [[entry[kind]["exact"] for kind in args.kinds] for entry in every[split]["recall"].values()],
-            list(every[split]["recall"]),
-            [kind.replace("_", " ") for kind in args.kinds],
-            args.output / f"recall-{split}.png",
-            label=f"answers recalled, {whose}",
-            x_label="asked for",
-            y_label="ablated in what is read",
-        )
+        draw([every[split]], args.kinds, args.output / f"recall-{split}.png", whose)
     print(f"{args.output}")
 
 
@@ -440,15 +351,9 @@ def find(model: Any, tokenizer: Any, places: Sequence[str], args: argparse.Names
     for index, place in enumerate(places):
         autoencoders.append(train(place, torch.cat([of_places[index] for of_places in found]), args))
         autoencoders[-1].save_pretrained(args.output / place)
-    with torch.no_grad():
-        density = [(sae.encode(torch.cat(of_place)) > 0).double().mean(0)
-                   for sae, of_place in zip(autoencoders, zip(*found, strict=True), strict=True)]  # fmt: skip
-    tensors = {
-        "shares": activity(autoencoders, args.kinds, people, found),
-        "attributed": attributions(model, autoencoders, people, args.kinds),
-        "density": torch.stack(density),
-    }
-    save_file(tensors, parts / f"{LATENTS}.tmp")
+    profiled = profile(autoencoders, args.kinds, people, found)
+    profiled["attributed"] = attributions(model, autoencoders, people, args.kinds)
+    save_file(profiled, parts / f"{LATENTS}.tmp")
     (parts / f"{LATENTS}.tmp").replace(parts / LATENTS)
 
 
@@ -456,39 +361,122 @@ def test(
     model: Any, tokenizer: Any, places: Sequence[str], args: argparse.Namespace, parts: Path, split: str
 ) -> dict[str, Any]:
     """Recall of people of a split with latents ablated, and how the autoencoders do on what is read for them."""
-    tensors = load_file(parts / LATENTS)
+    profiled = load_file(parts / LATENTS)
     autoencoders = [SparseAutoencoder.from_pretrained(args.output / place).eval() for place in places]
-    chosen = [latents_of(index, tensors["attributed"]) for index in range(len(args.kinds))]
-    conditions: dict[str, list[list[int]]] = {"nothing": [[] for _ in places]}
-    conditions |= {f"{kind} latents": latents for kind, latents in zip(args.kinds, chosen, strict=True)}
-    for number, (kind, latents) in itertools.product(range(args.controls), zip(args.kinds, chosen, strict=True)):
-        name = f"random, like {kind}" + (f" ({number + 1})" if args.controls > 1 else "")
-        conditions[name] = [
-            as_many_random(of_layer, of_kind, args.seed + number)
-            for of_layer, of_kind in zip(tensors["density"], latents, strict=True)
-        ]
-    asked = remembered(model, tokenizer, args.kinds, args.test_people, split, args.seed + 1)
+    asked = remembered(model, tokenizer, args.kinds, args.test_people, split, TEST_SEEDS + args.seed)
     seen = reads(model, places, asked)
-    measured = {}
+    quality = {}
     for index, (place, sae) in enumerate(zip(places, autoencoders, strict=True)):
-        quality = reconstruction_metrics(sae, [of_places[index] for of_places in seen])
-        measured[place] = {name: value for name, value in quality.items() if name != "density"}
-    shares = activity(autoencoders, args.kinds, asked, seen)
+        measured = reconstruction_metrics(sae, [of_places[index] for of_places in seen])
+        quality[place] = {name: value for name, value in measured.items() if name != "density"}
+
+    def without(latents: list[list[int]]) -> dict[str, Any]:
+        with ablated(model, autoencoders, latents):
+            recall = recalled(model, asked)
+        return {
+            "recall": recall,
+            "latents": sum(map(len, latents)),
+            "taken_out": taken_out(autoencoders, latents, asked, seen),
+        }
+
+    recall = {"the memory as it is": recalled(model, asked), "nothing": without([[] for _ in places])["recall"]}
+    with nothing_read(model, places):
+        recall["all that is read"] = recalled(model, asked)
+    of_kinds = latents_of_kinds(profiled["attributed"], args.share)
+    portrayed = [telling(profiled, kind) for kind in range(len(args.kinds))]
+    belonging = [sorted({latent for group in [*of_kinds, *(by_layer(best, len(places)) for best in portrayed)]
+                         for latent in group[layer]}) for layer in range(len(places))]  # fmt: skip
+    kinds = {}
+    for index, kind in enumerate(args.kinds):
+        kinds[kind] = beside_random(
+            without, of_kinds[index], portrayed[index], profiled["sizes"][index], belonging, args
+        )
+        print(f"{split}: {kind} ablated", flush=True)
+    return {
+        "recall": recall,
+        "kinds": kinds,
+        "autoencoders": quality,
+        "portraits": portraits(autoencoders, args.kinds, portrayed, asked, seen),
+    }
+
+
+def beside_random(
+    without: Callable[[list[list[int]]], dict[str, Any]],
+    chosen: list[list[int]],
+    portrayed: list[tuple[int, int]],
+    sizes: torch.Tensor,
+    belonging: list[list[int]],
+    args: argparse.Namespace,
+) -> dict[str, Any]:
+    """What goes with a kind's latents, with those that tell it best, and with each of these, beside random ones."""
+    best = by_layer(portrayed, len(sizes))
+    seeds = [args.seed * args.controls + number for number in range(args.controls)]
+    return {
+        "latents": without(chosen),
+        "random": [without(as_much_random(sizes, chosen, belonging, seed)) for seed in seeds],
+        "portraits": without(best),
+        "portraits_random": [without(as_much_random(sizes, best, belonging, seed)) for seed in seeds],
+        "single": [without(by_layer([one], len(sizes))) for one in portrayed],
+    }
+
+
+def portraits(
+    autoencoders: list[SparseAutoencoder],
+    kinds: Sequence[str],
+    portrayed: list[list[tuple[int, int]]],
+    asked: list[Asked],
+    seen: list[list[torch.Tensor]],
+) -> dict[str, list[dict[str, Any]]]:
+    """When the latents that tell a kind best are active, and at which answers most."""
+    shares = profile(autoencoders, kinds, asked, seen)["shares"]
     answers = [
         (question.answer, of_person)
         for of_kind, of_places in zip(asked, seen, strict=True)
         for question, of_person in zip(of_kind.questions, largest(autoencoders, of_kind, of_places), strict=True)
     ]
-    recall = {"the memory as it is": recalled(model, asked)}
-    for name, latents in conditions.items():
-        with ablated(model, autoencoders, latents):
-            recall[name] = recalled(model, asked)
-        shown = {kind: (round(of["exact"], 2), round(of["nats"], 2)) for kind, of in recall[name].items()}
-        print(f"{name:28s}", shown, flush=True)
-    with nothing_read(model, places):
-        recall["all that is read"] = recalled(model, asked)
-    portrayed = {kind: portraits(i, tensors["shares"], shares, answers) for i, kind in enumerate(args.kinds)}
-    return {"recall": recall, "autoencoders": measured, "latents": portrayed}
+    shown: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds}
+    for kind, best in zip(kinds, portrayed, strict=True):
+        for layer, latent in best:
+            strengths = sorted(((float(of[layer, latent]), answer) for answer, of in answers), reverse=True)
+            most = [answer for strength, answer in strengths[:5] if strength > 0]
+            active = shares[:, layer, latent].tolist()
+            shown[kind].append({"layer": layer, "latent": latent, "active": active, "answers": most})
+    return shown
+
+
+def draw(found: Sequence[dict[str, Any]], kinds: Sequence[str], path: Path, whose: str) -> None:
+    """Recall by what is ablated and what is asked for, as a figure.
+
+    Args:
+        found: What `test` found, of one run or of several, whose mean is drawn.
+    """
+
+    def mean(recalls: Sequence[Recall]) -> list[float]:
+        return [sum(recall[kind]["exact"] for recall in recalls) / len(recalls) for kind in kinds]
+
+    def group(kind: str, name: str) -> list[Recall]:
+        groups = [of_seed["kinds"][kind][name] for of_seed in found]
+        return [one["recall"] for group in groups for one in (group if isinstance(group, list) else [group])]
+
+    rows = {"nothing": mean([of_seed["recall"]["nothing"] for of_seed in found])}
+    rows |= {f"latents of a {named(kind)}": mean(group(kind, "latents")) for kind in kinds}
+    rows |= {f"random, as much as of a {named(kind)}": mean(group(kind, "random")) for kind in kinds}
+    rows["all that is read"] = mean([of_seed["recall"]["all that is read"] for of_seed in found])
+    plots.matrix(
+        list(rows.values()),
+        list(rows),
+        [named(kind) for kind in kinds],
+        path,
+        label="answers recalled",
+        title=whose,
+        x_label="asked for",
+        y_label="ablated in what is read",
+    )
+
+
+def named(kind: str) -> str:
+    """A kind in words."""
+    return kind.replace("_", " ")
 
 
 def write(path: Path, found: Any) -> None:

@@ -53,9 +53,11 @@ class Subject:
         """Latents at the last symbol of contexts, [n, d_sae]."""
         return self.sae.encode(self.activations(given))
 
-    def flips(self, given: torch.Tensor, edit: Edit, direction_seed: int | None = None) -> float:
-        """The share of contexts after which something else is said with the edit."""
-        usual = self.said(given)
+    def flips(
+        self, given: torch.Tensor, edit: Edit, direction_seed: int | None = None, usual: torch.Tensor | None = None
+    ) -> float:
+        """The share of contexts after which something else is said with the edit than `usual`, what is said without."""
+        usual = self.said(given) if usual is None else usual
         with intervene(self.model, self.place, self.sae, edit, direction_seed=direction_seed, **LAST):
             return float((self.said(given) != usual).double().mean())
 
@@ -87,24 +89,27 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 def beside_controls(
     subject: Subject,
     sorts: dict[str, torch.Tensor],
-    latent: int,
+    best: Sequence[int],
     others: Sequence[int],
     unit: torch.Tensor,
     dose: float,
     directions: int,
-) -> dict[str, Any]:
-    """Flip rates of one latent at a dose, and of its controls, by sort of contexts."""
+) -> list[dict[str, Any]]:
+    """Flip rates of the best latents at a dose, and of their controls, by sort of contexts."""
 
     def at(which: int) -> Edit:
         return Edit(which, "clamp", dose * float(unit[which]))
 
-    found = {}
+    found: list[dict[str, Any]] = [{} for _ in best]
     for name, given in sorts.items():
-        found[name] = {
-            "flips": subject.flips(given, at(latent)),
-            "other_latents": spread([subject.flips(given, at(other)) for other in others]),
-            "directions": spread([subject.flips(given, at(latent), seed) for seed in range(directions)]),
-        }
+        usual = subject.said(given)
+        of_others = spread([subject.flips(given, at(other), usual=usual) for other in others])
+        for entry, latent in zip(found, best, strict=True):
+            entry[name] = {
+                "flips": subject.flips(given, at(latent), usual=usual),
+                "other_latents": of_others,
+                "directions": spread([subject.flips(given, at(latent), seed, usual) for seed in range(directions)]),
+            }
     return found
 
 
@@ -182,19 +187,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     centred = subject.activations(windows)
     centred = centred - centred.mean(0)
+    others = [other for other in living if other not in best]
+    by_dose = {
+        str(dose): beside_controls(subject, sorts, best, others, largest, dose, args.controls)
+        for dose in (1.0, args.strength)
+    }
     looked_at = []
-    for latent in best:
-        others = [other for other in living if other not in best]
-        by_dose = {
-            str(dose): beside_controls(subject, sorts, latent, others, largest, dose, args.controls)
-            for dose in (1.0, args.strength)
-        }
+    for index, latent in enumerate(best):
         edit = clamped(latent, args.strength)
         change = (args.strength * largest[latent] - latents[:, latent]).abs() / subject.sae.activation_scale
         looked_at.append(
             {
                 "latent": latent,
-                "doses": by_dose,
+                "doses": {dose: of_dose[index] for dose, of_dose in by_dose.items()},
                 "change": float((change / centred.norm(dim=-1)).mean()),
                 "generated": generated(subject, task, windows, edit, args.length),
             }

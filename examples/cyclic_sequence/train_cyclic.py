@@ -219,7 +219,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "training loss, contexts with wrong symbols included": [(entry["step"], entry["loss"]) for entry in logged]
     }
     plots.training_curves(
-        curves, args.output / "training.png", y_label="nats per symbol", lines={"Bayes floor": result["bayes_floor"]}
+        curves,
+        args.output / "training.png",
+        y_label="nats per symbol",
+        lines={"Bayes floor of the windows": result["bayes_floor"]},
     )
     model.set_attn_implementation("eager")
     window = task.window(0, args.block)

@@ -91,14 +91,11 @@ def latent_density(densities: dict[str, Sequence[float]], path: str | Path) -> P
     shares = {name: np.asarray(density, dtype=float) for name, density in densities.items()}
     least = min((values[values > 0].min() for values in shares.values() if (values > 0).any()), default=1e-2)
     bins = np.linspace(max(-6.0, np.floor(np.log10(least))), 0, 49)
-    for name, values in shares.items():
+    for index, (name, values) in enumerate(shares.items()):
         dead = int((values == 0).sum())
-        axes.hist(
-            np.log10(values[values > 0]).clip(bins[0]),
-            bins=bins,
-            alpha=0.6,
-            label=f"{name}: {dead} of {len(values)} never active",
-        )
+        style = {"histtype": "step", "linewidth": 2} if index else {"alpha": 0.6}
+        active = np.log10(values[values > 0]).clip(bins[0])
+        axes.hist(active, bins=bins, label=f"{name}: {dead} of {len(values)} never active", **style)
     axes.set(xlabel="log10 of the share of activations at which a latent is active", ylabel="latents")
     axes.legend()
     return save(drawing, path)

@@ -9,16 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from adapter_digest import adapter_digest
 from peft import PeftConfig, PeftModel
 from tqdm import tqdm
 
 import senri_hf
+from senri_hf.memory.episodic import EMPTY
 from senri_hf.tasks import recall_episodes, score_reply
+from senri_hf.tasks.text import ordinary_text
 from senri_hf.training import ask, tell
 
 
 CYCLES = (0, 10, 20, 30, 40, 50, 60, 120)
 EPISODES = 50
+PROSE, PARAGRAPH = ("heart-of-darkness", "dubliners"), 3
 # The memory as it was trained, without its long-term part, and with the other measure of surprise.
 MEMORIES: dict[str, dict[str, Any]] = {
     "buffer and store": {},
@@ -51,17 +55,36 @@ def forgetting(model, tokenizer) -> list[float]:
 
 
 def kept_tokens(model, tokenizer) -> list[dict]:
-    """For a few told conversations, the tokens that the store of each memory layer kept and those that it did not."""
+    """For told conversations and prose, the tokens that the store of each memory layer kept and those that it did not.
+
+    Means over layers: `kept` is the share of the text's tokens, `surprise` what those had.
+    """
+    texts = [
+        (episode.questions[0].answer, tokenizer.apply_chat_template(episode.told[0], tokenize=False))
+        for episode in recall_episodes(6, split="validation", seed=12)
+    ]
+    texts += [(f"prose: {source}", ordinary_text(source)[PARAGRAPH]) for source in PROSE]
     rows = []
-    for episode in recall_episodes(6, split="validation", seed=12):
-        memory = tell(model, tokenizer, [episode.told])
-        ids = tokenizer(
-            tokenizer.apply_chat_template(episode.told[0], tokenize=False), add_special_tokens=False
-        ).input_ids
-        tags = [layer.state_dict()["tag"][0] for layer in memory.memory_layers]
+    for title, text in texts:
+        encoded = tokenizer(text, add_special_tokens=False, return_tensors="pt")
+        memory = senri_hf.MemoryCache.for_model(model)
+        with torch.no_grad():
+            model(**encoded, past_key_values=memory)
+        memory.clear_context()
+        ids = encoded.input_ids[0].tolist()
+        layers = [layer.state_dict() for layer in memory.memory_layers]
+        tags = [layer["tag"][0] for layer in layers]
         share = [sum(int((tag == position).any()) for tag in tags) / len(tags) for position in range(len(ids))]
+        surprise = [float(layer["surprise"][0][tag != EMPTY].mean()) for layer, tag in zip(layers, tags, strict=True)]
         words = [tokenizer.decode(token) for token in ids]
-        rows.append({"answer": episode.questions[0].answer, "tokens": list(zip(words, share, strict=True))})
+        rows.append(
+            {
+                "answer": title,
+                "tokens": list(zip(words, share, strict=True)),
+                "kept": sum(share) / len(share),
+                "surprise": sum(surprise) / len(surprise),
+            }
+        )
     return rows
 
 
@@ -90,16 +113,19 @@ if __name__ == "__main__":
     parser.add_argument("--adapter", required=True)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--output", type=Path, default=Path("docs"))
+    parser.add_argument("--only-kept", action="store_true", help="only what the gate kept; the curves stay")
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    curves, kept = {}, {}
+    stored = arguments.output / f"forgetting-{arguments.model}.json"
+    before = json.loads(stored.read_text(encoding="utf-8")) if arguments.only_kept else {"exact": {}}
+    curves, kept = before["exact"], {}
     for title, settings in MEMORIES.items():
         base, words = load_with(arguments.model, arguments.adapter, arguments.dtype, **settings)
-        curves[title] = forgetting(base, words)
+        if not arguments.only_kept:
+            curves[title] = forgetting(base, words)
         if base.peft_config["default"].store_slots:
             kept[title] = kept_tokens(base, words)
-    result = {"cycles": list(CYCLES), "exact": curves, "kept": kept}
-    stored = arguments.output / f"forgetting-{arguments.model}.json"
+    result = {"adapter": adapter_digest(arguments.adapter), "cycles": list(CYCLES), "exact": curves, "kept": kept}
     stored.write_text(json.dumps(result, ensure_ascii=False) + "\n", encoding="utf-8")
     plot(curves, stored.with_suffix(".png"))
     print(json.dumps(curves, indent=1))

@@ -9,6 +9,7 @@ import math
 from pathlib import Path
 
 import torch
+from adapter_digest import adapter_digest
 from recall import load
 from tqdm import tqdm
 
@@ -21,6 +22,8 @@ from senri_hf.training import tell
 SOURCES = ("heart-of-darkness", "doctor-moreau", "dubliners")
 PARAGRAPHS = 40
 TOKENS = 256
+FULL = "memory full of facts"
+MOST_TOLD = 20  # tens of facts
 
 
 @torch.no_grad()
@@ -31,14 +34,22 @@ def token_losses(model, ids: torch.Tensor, memory: "senri_hf.MemoryCache | None"
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
 
 
-def measure(model_name: str, adapter: str, dtype: str) -> dict[str, float]:
+def filled(model, tokenizer) -> tuple["senri_hf.MemoryCache", int]:
+    """A memory whose store has no free slot in any layer, and how many facts it was told for that."""
+    memory, facts = senri_hf.MemoryCache.for_model(model), 0
+    for episode in recall_episodes(MOST_TOLD, split="validation", facts=10, seed=3):
+        memory = tell(model, tokenizer, [episode.told], memory)
+        facts += len(episode.told)
+        used = [layer.summary()["store slots used"] for layer in memory.memory_layers]
+        if min(used) == model.peft_config["default"].store_slots:
+            return memory, facts
+    raise ValueError(f"after {facts} facts a layer's store still has room: {used}; raise MOST_TOLD")
+
+
+def measure(model_name: str, adapter: str, dtype: str) -> dict[str, float | str]:
     model, tokenizer = load(model_name, adapter, dtype)
-    facts = recall_episodes(1, split="validation", facts=10, seed=3)[0]
-    conditions = {
-        "base model": None,
-        "empty memory": senri_hf.MemoryCache.for_model(model),
-        "memory full of facts": tell(model, tokenizer, [facts.told]),
-    }
+    full, facts = filled(model, tokenizer)
+    conditions = {"base model": None, "empty memory": senri_hf.MemoryCache.for_model(model), FULL: full}
     losses: dict[str, list[torch.Tensor]] = {name: [] for name in [*conditions, "adapter disabled"]}
     texts = [text for source in SOURCES for text in ordinary_text(source)[:PARAGRAPHS]]
     for text in tqdm(texts, desc="perplexity"):
@@ -46,15 +57,16 @@ def measure(model_name: str, adapter: str, dtype: str) -> dict[str, float]:
         for name, memory in conditions.items():
             losses[name].append(token_losses(model, ids, memory))
         with model.disable_adapter():
-            losses["adapter disabled"].append(token_losses(model, ids, conditions["memory full of facts"]))
+            losses["adapter disabled"].append(token_losses(model, ids, conditions[FULL]))
     joined = {name: torch.cat(parts) for name, parts in losses.items()}
     return {
+        "adapter": adapter_digest(adapter),
         "tokens": joined["base model"].numel(),
-        "facts in memory": len(facts.told),
+        "facts in memory": facts,
         **{name: math.exp(values.mean()) for name, values in joined.items()},
         "empty memory is bit-identical": torch.equal(joined["base model"], joined["empty memory"]),
         "disabled adapter is bit-identical": torch.equal(joined["base model"], joined["adapter disabled"]),
-        "full over base": math.exp(joined["memory full of facts"].mean() - joined["base model"].mean()),
+        "full over base": math.exp(joined[FULL].mean() - joined["base model"].mean()),
     }
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from adapter_digest import adapter_digest
 from peft import PeftModel
 from tqdm import tqdm
 
@@ -143,6 +144,11 @@ def main() -> None:
         return ask_all(args)
     results = json.loads(args.output.read_text()) if args.output.exists() else {}
     done = results.setdefault(args.model, {})
+    digest = adapter_digest(args.adapter)
+    if done.get("adapter") != digest:  # what another adapter remembered does not count
+        for suite in SUITES:
+            done.get(suite, {}).pop("memory", None)
+        done["adapter"] = digest
     base = None
     suites = [args.suite] if args.suite else list(SUITES)
     for suite in tqdm(suites, desc=args.model):

@@ -2,8 +2,7 @@
 
     make results
 
-A benchmark that has its result already is not run again, unless it is named with `--again`.
-Name all of them once another adapter was trained.
+A benchmark that has its result for the shipped adapter already is not run again, unless it is named with `--again`.
 """
 
 import argparse
@@ -12,6 +11,9 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from adapter_digest import adapter_digest
+from recall import SUITES
 
 from senri_hf.commands.chat import shipped_adapter
 
@@ -42,6 +44,13 @@ def discard(name: str, model: str) -> None:
         path.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
 
 
+def adapter_of(name: str, model: str) -> str | None:
+    """The digest of the adapter with which a benchmark ran last."""
+    found = stored(name, model) or {}
+    digest: str | None = found.get("setting", found).get("adapter")
+    return digest
+
+
 def run(name: str, model: str, adapter: Path) -> None:
     output = DOCS if name == "forgetting" else DOCS / f"{name}.json"
     command = [
@@ -67,12 +76,15 @@ def size(value: float) -> str:
     return f"{value / 1e6:.1f} MB" if value >= 1e5 else f"{value / 1e3:.1f} kB"
 
 
+def suites(found: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """The suites that were run, in order; one that was begun and interrupted has nothing."""
+    return [(suite, found[suite]) for suite in SUITES if found.get(suite)]
+
+
 def recall_table(found: dict[str, dict[str, Any]]) -> list[str]:
     methods = ("memory", "no memory", "kept in context", "text prepended")
     lines = ["| told | episodes | " + " | ".join(methods) + " |", "|---|---|" + "---|" * len(methods)]
-    for suite, results in found.items():
-        if not results:  # begun and interrupted
-            continue
+    for suite, results in suites(found):
         cells = []
         for method in methods:
             r = results.get(method)
@@ -88,7 +100,7 @@ def recall_table(found: dict[str, dict[str, Any]]) -> list[str]:
 
 def wrong_answers(found: dict[str, dict[str, Any]]) -> list[str]:
     lines = ["| told | asked | right | said |", "|---|---|---|---|"]
-    for suite, results in found.items():
+    for suite, results in suites(found):
         for question, answer, reply in results.get("memory", {}).get("wrong", [])[:2]:
             said = " ".join(reply.split())[:120].replace("|", "\\|")
             lines.append(f"| {suite} | {question} | {answer} | {said} |")
@@ -101,14 +113,17 @@ def gate_tables(kept: dict[str, list[dict[str, Any]]]) -> list[str]:
 
 
 def gate_table(rows: list[dict[str, Any]]) -> list[str]:
-    lines = ["| value told | tokens; those in bold were kept by at least half of the memory layers |", "|---|---|"]
+    lines = [
+        "| value told | kept | mean surprise | tokens; those in bold were kept by at least half of the layers |",
+        "|---|---|---|---|",
+    ]
     for row in rows:
         words = [word.replace("\n", "⏎").replace("|", "\\|") for word, _ in row["tokens"]]
         shown = [
             f"**{w.strip() or '·'}**" if share >= 0.5 else w.strip()
             for w, (_, share) in zip(words, row["tokens"], strict=True)
         ]
-        lines.append(f"| {row['answer']} | {' '.join(shown)} |")
+        lines.append(f"| {row['answer']} | {percent(row['kept'])} | {row['surprise']:.2f} | {' '.join(shown)} |")
     return lines
 
 
@@ -128,8 +143,9 @@ def training_section(model: str) -> list[str]:
     if path is None or not path.exists():
         return []
     cost = json.loads(path.read_text())
-    minutes = f"{cost['steps']} optimizer steps, {cost['seconds'] / 60:.0f} minutes with {cost['threads']} threads"
-    return ["", "### Training", "", f"{minutes}, by `make train-{TARGETS[model]}`."]
+    steps = f"{cost['steps']} optimizer steps, and {cost['topic_steps']} before them that learn topics only"
+    took = f"{cost['seconds'] / 60:.0f} minutes with {cost['threads']} threads"
+    return ["", "### Training", "", f"{steps}: {took}, by `make train-{TARGETS[model]}`."]
 
 
 def flat_table(found: dict[str, Any]) -> list[str]:
@@ -160,6 +176,10 @@ def write(path: Path) -> None:
         if sections["recall"]:
             command = f"python benchmarks/recall.py --model {model} --adapter … --dtype bfloat16"
             lines += ["", "### Recall", "", f"`{command}`. A suite of it that has no row here was not run.", ""]
+            lines += [
+                f"The adapter's digest (SHA-256 of its settings and weights) begins with {sections['recall']['adapter']}.",
+                "",
+            ]
             lines += recall_table(sections["recall"])
             lines += ["", "Some answers that were wrong:", "", *wrong_answers(sections["recall"])]
         lines += training_section(model)
@@ -189,8 +209,8 @@ def main() -> None:
         for name in BENCHMARKS:
             if name in args.again:
                 discard(name, model)
-            # recall goes on by itself where it stopped
-            if name == "recall" or stored(name, model) is None:
+            # recall goes on by itself where it stopped, and drops what another adapter did
+            if name == "recall" or adapter_of(name, model) != adapter_digest(adapter):
                 run(name, model, adapter)
             write(DOCS / "results.md")
     print(f"{DOCS / 'results.md'}")

@@ -15,16 +15,18 @@ from statistics import median
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from adapter_digest import adapter_digest
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from tqdm import trange
 
 import senri_hf
+from senri_hf.commands.chat import shipped_adapter
 from senri_hf.tasks import recall_episodes
 from senri_hf.training import EpisodeCollator, tell
 
 
 ROUNDS = 7
-NEW_TOKENS = 48
+NEW_TOKENS = 64  # two rounds of what decoding writes together
 
 
 def in_turns(rounds: int, **runs: Callable[[], Any]) -> dict[str, float]:
@@ -90,11 +92,14 @@ def reading_and_writing(name: str, adapter: str | None, dtype: str) -> dict[str,
     }
 
 
-def training_step(name: str, dtype: str) -> dict[str, float]:
-    """Seconds of a step on the same labelled conversations: this adapter, with what it was told, beside LoRA."""
+def training_step(name: str, adapter: str | None, dtype: str) -> dict[str, float]:
+    """Seconds of a step on the same labelled conversations: this adapter, with what it was told, beside LoRA.
+
+    What is told is read anew in both, as in the first pass over the data.
+    """
     base, tokenizer = senri_hf.load_base(name, dtype=dtype)
     lora = get_peft_model(base, LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))
-    model = with_adapter(name, None, dtype)
+    model = with_adapter(name, adapter, dtype, trained=True)
     episodes = recall_episodes(8, split="train", facts=2, seed=1)
     batch = EpisodeCollator(tokenizer)([{"conversations": episode.conversations} for episode in episodes])[
         "conversations"
@@ -131,27 +136,41 @@ def training_step(name: str, dtype: str) -> dict[str, float]:
     }
 
 
-def with_adapter(name: str, adapter: str | None, dtype: str) -> PeftModel:
+def with_adapter(name: str, adapter: str | None, dtype: str, trained: bool = False) -> PeftModel:
     base, _ = senri_hf.load_base(name, dtype=dtype)
     if adapter:
-        return PeftModel.from_pretrained(base, adapter).eval()
+        return PeftModel.from_pretrained(base, adapter, is_trainable=trained).eval()
     return get_peft_model(base, senri_hf.MemoryAdapterConfig(task_type="CAUSAL_LM")).eval()
+
+
+def setting(adapter: str | None, dtype: str) -> dict[str, str | int]:
+    """What was timed."""
+    config = senri_hf.MemoryAdapterConfig() if adapter is None else PeftConfig.from_pretrained(adapter)
+    return {
+        "adapter": "untrained" if adapter is None else adapter_digest(adapter),
+        "memory layers": str(config.layers_to_transform),
+        "rank": config.rank,
+        "slots of buffer and store": f"{config.buffer_slots} + {config.store_slots}",
+        "dtype": dtype,
+        "threads": torch.get_num_threads(),
+    }
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m-instruct")
-    parser.add_argument(
-        "--adapter", help="folder of a trained adapter; an untrained one of the default settings without it"
-    )
+    parser.add_argument("--adapter", help="folder of a trained adapter; the shipped one, if there is one, without it")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--output", type=Path, default=Path("docs/speed.json"))
     arguments = parser.parse_args()
+    if arguments.adapter is None:
+        arguments.adapter = shipped_adapter(arguments.model)
     torch.manual_seed(0)
     result = {
+        "setting": setting(arguments.adapter, arguments.dtype),
         "decoding": decoding(arguments.model, arguments.adapter, arguments.dtype),
         "a conversation of 512 tokens": reading_and_writing(arguments.model, arguments.adapter, arguments.dtype),
-        "training step": training_step(arguments.model, arguments.dtype),
+        "training step": training_step(arguments.model, arguments.adapter, arguments.dtype),
     }
     stored = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
     stored[arguments.model] = result

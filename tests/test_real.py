@@ -56,7 +56,7 @@ def test_the_shipped_adapter_is_small_and_safe() -> None:
     assert adapter is not None
     files = {path.name: path.stat().st_size for path in adapter.iterdir()}
     assert files["adapter_model.safetensors"] <= 16e6
-    assert set(files) == {"adapter_model.safetensors", "adapter_config.json", "README.md"}
+    assert set(files) == {"adapter_model.safetensors", "adapter_config.json", "README.md", "training_cost.json"}
 
 
 @pytest.mark.parametrize("name", [NAME, "gemma-3-270m"])

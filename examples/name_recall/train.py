@@ -148,30 +148,41 @@ class History(TrainerCallback):
 
 
 class Cost(TrainerCallback):
-    """Keeps `training_cost.json`: steps and seconds, with those before a resume and of `--from-adapter`."""
+    """Keeps `training_cost.json`: steps, those that only learn topics, and seconds; also what came before.
+
+    The clock starts when this is made, so that reading what is told and learning topics counts. What came before is
+    the run that is resumed, and the training of the adapter that `--from-adapter` names.
+    """
 
     NAME = "training_cost.json"
 
     def __init__(self, folder: Path, begun_from: Path | None) -> None:
         self.path = folder / self.NAME
-        self.before = self.read(begun_from) if begun_from else {"steps": 0, "seconds": 0.0}
-        self.earlier = self.start = 0.0
+        self.before = self.read(begun_from) if begun_from else self.nothing()
+        self.earlier, self.start = 0.0, time.perf_counter()
+
+    @staticmethod
+    def nothing() -> dict[str, float]:
+        return {"steps": 0, "topic_steps": 0, "seconds": 0.0}
 
     @classmethod
     def read(cls, folder: Path) -> dict[str, float]:
         path = folder / cls.NAME
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"steps": 0, "seconds": 0.0}
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else cls.nothing()
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.global_step:  # resumed
             self.earlier = self.read(self.path.parent)["seconds"] - self.before["seconds"]
-        self.start = time.perf_counter()
 
     def on_save(self, args, state, control, **kwargs):
-        seconds = self.before["seconds"] + self.earlier + time.perf_counter() - self.start
-        found = {"steps": self.before["steps"] + state.global_step, "seconds": round(seconds, 1)}
+        found = {
+            "steps": self.before["steps"] + state.global_step,
+            "topic_steps": self.before["topic_steps"] + args.topic_steps,
+            "seconds": round(self.before["seconds"] + self.earlier + time.perf_counter() - self.start, 1),
+            "threads": torch.get_num_threads(),
+        }
         scratch = self.path.with_suffix(".tmp")
-        scratch.write_text(json.dumps(found | {"threads": torch.get_num_threads()}) + "\n", encoding="utf-8")
+        scratch.write_text(json.dumps(found) + "\n", encoding="utf-8")
         scratch.replace(self.path)
 
     on_train_end = on_save
@@ -217,6 +228,7 @@ def save(model: PeftModel, folder: Path, license: str) -> None:
 def main() -> None:
     args = parse()
     set_seed(args.seed)
+    cost = Cost(args.checkpoint_dir, args.from_adapter)
     args.checkpoint_dir.mkdir(parents=True, exist_ok=True)
     log = logging.getLogger("name_recall")
     log.setLevel(logging.INFO)
@@ -236,7 +248,6 @@ def main() -> None:
     if args.from_adapter:
         set_peft_model_state_dict(model, load_peft_weights(args.from_adapter, device="cpu"))
     model.print_trainable_parameters()
-    cost = Cost(args.checkpoint_dir, args.from_adapter)
     trainer = senri_hf.MemoryTrainer(
         model=model,
         args=senri_hf.MemoryTrainingArguments(

@@ -176,10 +176,8 @@ def write(path: Path) -> None:
         if sections["recall"]:
             command = f"python benchmarks/recall.py --model {model} --adapter … --dtype bfloat16"
             lines += ["", "### Recall", "", f"`{command}`. A suite of it that has no row here was not run.", ""]
-            lines += [
-                f"The adapter's digest (SHA-256 of its settings and weights) begins with {sections['recall']['adapter']}.",
-                "",
-            ]
+            digest = sections["recall"]["adapter"]
+            lines += [f"The SHA-256 of the adapter's settings and weights begins with `{digest}`.", ""]
             lines += recall_table(sections["recall"])
             lines += ["", "Some answers that were wrong:", "", *wrong_answers(sections["recall"])]
         lines += training_section(model)

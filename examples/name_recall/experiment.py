@@ -66,7 +66,8 @@ class Experiment:
         hidden = torch.stack([embed(word) for word in words])[None]
         surprise = torch.tensor([[2.0 if word.strip(".!") in names else 0.5 for word in words]])
         access = torch.zeros(1, len(words), self.layer.config.store_slots)
-        self.layer.append(Tokens(hidden, surprise, access, torch.ones(1, len(words), dtype=torch.bool)))
+        asked = torch.zeros(1, len(words), 0)  # no topics to tell conversations apart
+        self.layer.append(Tokens(hidden, surprise, access, asked, torch.ones(1, len(words), dtype=torch.bool)))
         self.layer.clear_context()
         self.measure(phase, names)
 

@@ -21,10 +21,11 @@ class EpisodicConfig:
             state from that of the token before. `"nll"`: its negative log-likelihood under the model itself, which
             costs the LM head on every token read.
         predictor_rank: Inner width of the predictor.
-        contrastive_weight: Standard deviations of surprise that a token gains by being similar to a stored slot and
-            yet different from it (see `contrastive_similarity`); 0 turns the contrastive term off.
-        contrastive_similarity: Cosine similarity from which on a stored slot is similar enough to contrast with; the
-            term grows from 0 there to its full weight at `consolidation_similarity`.
+        contrastive_weight: What the surprise of a token at least is that is similar to a stored slot and yet different
+            from it: max(surprise, mean + contrastive_weight * c * deviation), with the contrast c in [0, 1] (see
+            `contrastive_similarity`); 0 turns the contrastive term off.
+        contrastive_similarity: Cosine similarity from which on a stored slot is similar enough to contrast with; c
+            grows from 0 there to 1 at `consolidation_similarity`, from which on it is 0.
         ema_alpha: Weight in (0, 1] of a new token in the running mean and standard deviation of surprise.
         z_score_threshold: A token is surprising when it lies more than this many standard deviations above the mean.
         span: Tokens after a surprising one, in the same segment, that are as surprising as it is: a name is often

@@ -105,6 +105,15 @@ def test_save_and_load(talk: Talk, tmp_path: Path, folders: list[str]) -> None:
     assert replies(out) == [told] and "There is no memory" not in err
 
 
+def test_what_was_loaded_is_what_save_writes(talk: Talk, tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    talk("hello", f"/save {first}", f"/save {second}")
+    kept = (first / "memory.safetensors").read_bytes()
+    lines = (f"/load {second}", f"/load {tmp_path / 'nowhere'}", "hello", "/save")
+    assert f"Saved to {second}." in talk(*lines, options=("--memory", str(first)))[2]
+    assert (first / "memory.safetensors").read_bytes() == kept != (second / "memory.safetensors").read_bytes()
+
+
 def test_a_memory_that_is_not_there_begins_anew(talk: Talk, tmp_path: Path) -> None:
     folder = str(tmp_path / "bob")
     code, _, err = talk("hello", "/save", options=("--memory", folder))

@@ -268,7 +268,7 @@ class Session:
         note(f"Saved to {path}.")
 
     def load(self, argument: str) -> None:
-        """Go on with a saved memory; where it cannot be loaded the memory in use stays."""
+        """Go on with a saved memory, and save to its path from now on; one that cannot be loaded changes nothing."""
         from ..chat import MemoryChat
         from ..memory import MemoryCache
 
@@ -279,6 +279,7 @@ class Session:
         except (OSError, ValueError) as error:
             raise ValueError(f"{error}. The memory in use stays") from error
         self.chat = MemoryChat(self.chat.model, self.chat.tokenizer, memory)
+        self.folder = argument
         note(f"Loaded {argument}, in a new conversation.")
 
     def decay(self, argument: str) -> None:

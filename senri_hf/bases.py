@@ -229,7 +229,8 @@ def converted_folder(weights: RegistryWeights, cache_dir: str | Path | None = No
     model at once wait for the one that converts it.
 
     Raises FileNotFoundError where there is neither a sound copy nor an installed package, DamagedWeightsError where
-    the package's file has another checksum than the published one.
+    the package's file has another checksum than the published one, BaseUnavailableError where what converts it is not
+    installed.
     """
     root = _cache_root(cache_dir)
     folder = root / weights.name
@@ -260,7 +261,13 @@ def converted_folder(weights: RegistryWeights, cache_dir: str | Path | None = No
             _join(parts, gguf, weights, progress)
             made = work / "model"
             made.mkdir()
-            weights.convert(gguf, made)
+            try:
+                weights.convert(gguf, made)
+            except ImportError as error:
+                raise BaseUnavailableError(
+                    f"cannot convert the installed weights of {weights.name!r}, a GGUF file that the package gguf "
+                    f"reads: {error}\nInstall it: pip install gguf"
+                ) from error
             _write_record(made, weights, progress)
             if folder.exists():
                 folder.rename(work / "damaged")
@@ -391,9 +398,11 @@ def _from_hub(
     try:
         return _from_pretrained(weights.hub_id, dtype, device)
     except (OSError, ValueError) as error:
+        # What reads the packages' files; they do not bring it along.
+        reader = "" if importlib.util.find_spec("gguf") else " && pip install gguf"
         raise BaseUnavailableError(
             f"cannot load the base model {weights.name!r}. There are two ways to get it:\n"
-            f"  1. from the package registry: pip install {weights.install}\n"
+            f"  1. from the package registry: pip install {weights.install}{reader}\n"
             f"     (failed now: {missing})\n"
             f"  2. from the Hub, as {weights.hub_id}, after accepting its terms there and `hf auth login` if it is "
             f"gated\n     (failed now: {error})"

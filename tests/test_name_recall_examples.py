@@ -2,6 +2,7 @@
 
 import json
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from models import MEMORY_LAYERS
 from peft import PeftModel
 
 from senri_hf import load_base
+from senri_hf.memory.owner import owners
 
 
 Run = Callable[..., None]
@@ -83,6 +85,49 @@ def test_a_model_is_told_asked_and_corrected(run: Run, base: Path, tmp_path: Pat
     assert [phase["phase"] for phase in results(tmp_path / "simple")] == ["before", "introduction", "recall"]
 
 
+@pytest.mark.parametrize("end", [EOFError, KeyboardInterrupt])
+def test_a_chat_that_ends_at_once_is_written(
+    run: Run, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: type[BaseException]
+) -> None:
+    said = iter(["hello", "", "my name is Alice"])
+
+    def say(prompt: str) -> str:
+        for text in said:
+            return text
+        raise end
+
+    monkeypatch.setattr("builtins.input", say)
+    run("experiment_llm.py", "--model", base, "--checkpoint", base.parent / "adapter", "-i", "--output-dir", tmp_path)
+    assert [phase["said"] for phase in results(tmp_path)] == ["hello", "my name is Alice"]
+
+
+def test_modes_exclude_each_other(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run("experiment_llm.py", "-i", "-s")
+    assert "not allowed with" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "warning"),
+    [
+        (["--checkpoint", "adapter", "--memory-layers", LAYERS], None),
+        (["--checkpoint", "adapter", "--memory-layers", "1"], f"has its memory in the layers {LAYERS}: those are used"),
+        (["--memory-layers", "1"], "an adapter that is not trained"),
+    ],
+)
+def test_layers_of_a_checkpoint_are_its_own(
+    load: Any, base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    options: list[str], warning: str | None,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(base.parent)
+    monkeypatch.setattr("sys.argv", ["experiment_llm.py", "--model", str(base), *options])
+    script = load("name_recall/experiment_llm.py")
+    chat = script.load(script.parse())
+    assert [owner.layer_idx for owner in owners(chat.model)] == (MEMORY_LAYERS if "--checkpoint" in options else [1])
+    said = capsys.readouterr().err
+    assert "Warning" not in said if warning is None else warning in said
+
+
 def train(run: Run, base: Path, folder: Path, *options: object) -> None:
     run(
         "train.py", "--model", base, "--checkpoint-dir", folder, "--memory-layers", LAYERS, "--dtype", "float32",
@@ -98,3 +143,36 @@ def test_training_leaves_an_adapter_and_its_history(run: Run, base: Path, tmp_pa
     for name in ("best", "final"):
         model, _ = load_base(str(base), progress=False)
         assert PeftModel.from_pretrained(model, tmp_path / name).peft_config["default"].rank == 2
+
+
+def test_training_goes_on_from_the_checkpoint_that_is_named(run: Run, base: Path, tmp_path: Path) -> None:
+    train(run, base, tmp_path)
+    (tmp_path / "training_history.json").unlink()
+    train(run, base, tmp_path, "--resume", tmp_path / "checkpoint-1", "--resume-if-begun")
+    history = json.loads((tmp_path / "training_history.json").read_text())
+    # From the last checkpoint, the second, no step would be left to take.
+    assert any("eval_exact" in entry for entry in history) and history[-1]["train_loss"] > 0
+
+
+def test_training_begins_with_what_fits(
+    run: Run, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = tmp_path / "first" / "final"
+    train(run, base, tmp_path / "first")
+    capsys.readouterr()
+    train(run, base, tmp_path / "same", "--from-adapter", adapter)
+    assert "--from-adapter" not in capsys.readouterr().out
+    train(run, base, tmp_path / "more", "--from-adapter", adapter, "--memory-layers", "0,1")
+    out = capsys.readouterr().out
+    assert "nothing that fits" in out and "layers.1." in out and "layers.0." not in out
+    with pytest.raises(SystemExit, match="none of its"):
+        train(run, base, tmp_path / "other", "--from-adapter", adapter, "--memory-layers", "1")
+
+
+def test_training_asks_for_matplotlib_before_it_begins(
+    run: Run, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit, match=r"pip install 'senri_hf\[plots\]'"):
+        train(run, base, tmp_path / "checkpoints")
+    assert not (tmp_path / "checkpoints").exists()

@@ -7,6 +7,7 @@ python examples/name_recall/experiment_llm.py --interactive
 import argparse
 import json
 import logging
+import sys
 import time
 from pathlib import Path
 
@@ -14,34 +15,53 @@ from peft import get_peft_model
 
 import senri_hf
 from senri_hf.commands.chat import find_adapter, load_model
+from senri_hf.memory.owner import owners
 from senri_hf.tasks import Question, score_reply
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--interactive", "-i", action="store_true", help="chat; an empty line ends a conversation, /quit the session")
-    add("--simple", "-s", action="store_true", help="tell, clear the context, ask: nothing else")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument(
+        "--interactive", "-i", action="store_true", help="chat; an empty line ends a conversation, /quit the session"
+    )
+    mode.add_argument("--simple", "-s", action="store_true", help="tell, clear the context, ask: nothing else")
     add("--model", default="smollm2-135m-instruct", help="a name that senri_hf.load_base knows, a Hub id or a folder")
     add("--checkpoint", help="folder of a trained adapter; the shipped one without it")
-    add("--memory-layers", help="comma-separated layers of a new, untrained adapter, instead of a checkpoint")
+    add("--memory-layers", help="comma-separated layers of a new, untrained adapter; a checkpoint has its own")
     add("--initial-name", default="Alice", help="the name of the introduction")
     add("--corrected-name", default="Sarah", help="the name of the correction")
     add("--decay-cycles", type=int, default=10, help="decay cycles between conversations")
     add("--output-dir", type=Path, default=Path("experiment_results"), help="where the results and the log go")
     args = parser.parse_args()
-    if args.memory_layers and args.checkpoint:
-        parser.error("--memory-layers makes a new adapter, --checkpoint loads a trained one: give one of them")
+    layers = args.memory_layers
+    if layers is not None and not all(layer.strip().isdigit() for layer in layers.split(",")):
+        parser.error(f"--memory-layers {layers!r} was given, but it takes numbers of layers: 3,6,9")
     return args
 
 
 def load(args: argparse.Namespace) -> senri_hf.MemoryChat:
-    if args.memory_layers:
+    """The model to talk to: with a checkpoint, with a new adapter on given layers, or with the shipped adapter."""
+    asked = [int(layer) for layer in args.memory_layers.split(",")] if args.memory_layers else None
+    if asked and not args.checkpoint:
         base, tokenizer = senri_hf.load_base(args.model)
-        layers = [int(layer) for layer in args.memory_layers.split(",")]
-        model = get_peft_model(base, senri_hf.MemoryAdapterConfig(layers_to_transform=layers)).eval()
-    else:
-        model, tokenizer = load_model(args.model, find_adapter(args.model, args.checkpoint))
+        model = get_peft_model(base, senri_hf.MemoryAdapterConfig(layers_to_transform=asked)).eval()
+        print(
+            f"Warning: --memory-layers {args.memory_layers} without --checkpoint makes an adapter that is not trained "
+            "and adds nothing to what the model says; train.py trains one.",
+            file=sys.stderr,
+        )
+        return senri_hf.MemoryChat(model, tokenizer)
+    model, tokenizer = load_model(args.model, find_adapter(args.model, args.checkpoint))
+    if asked:
+        own = sorted({owner.layer_idx for owner in owners(model)})
+        if own != sorted(set(asked)):
+            print(
+                f"Warning: --memory-layers {args.memory_layers} was given, but the checkpoint {args.checkpoint} has "
+                f"its memory in the layers {','.join(map(str, own)) or 'none'}: those are used.",
+                file=sys.stderr,
+            )
     return senri_hf.MemoryChat(model, tokenizer)
 
 
@@ -107,17 +127,20 @@ def main() -> None:
 
 
 def interactive(experiment: Experiment) -> None:
-    """Free conversations; what is said in one is remembered in the next."""
+    """Free conversations; what is said in one is remembered in the next. Ctrl-D and Ctrl-C end the session too."""
     chat = experiment.chat
     print("Talk. An empty line ends the conversation, /quit the session.")
-    while (text := input("you   > ").strip()) != "/quit":
-        if not text:
-            chat.new_conversation()
-            print("(a new conversation)")
-            continue
-        reply, info = chat.say(text)
-        print(f"model > {reply.strip()}")
-        experiment.phases.append({"phase": "chat", "said": text, "reply": reply.strip(), "seconds": info.seconds})
+    try:
+        while (text := input("you   > ").strip()) != "/quit":
+            if not text:
+                chat.new_conversation()
+                print("(a new conversation)")
+                continue
+            reply, info = chat.say(text)
+            print(f"model > {reply.strip()}")
+            experiment.phases.append({"phase": "chat", "said": text, "reply": reply.strip(), "seconds": info.seconds})
+    except (EOFError, KeyboardInterrupt):
+        print()
 
 
 if __name__ == "__main__":

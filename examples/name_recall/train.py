@@ -7,6 +7,7 @@ them.
 """
 
 import argparse
+import importlib.util
 import itertools
 import json
 import logging
@@ -14,6 +15,7 @@ import random
 import shutil
 import textwrap
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,7 +50,7 @@ def parse() -> argparse.Namespace:
     add("--save-every", type=int, default=200, help="save a checkpoint every N steps")
     add("--checkpoint-dir", type=Path, default=Path("checkpoints"), help="where checkpoints go")
     add("--resume", nargs="?", const="last", help="go on from a checkpoint folder; from the last one without a value")
-    add("--resume-if-begun", action="store_true", help="go on from the last checkpoint, if there is one")
+    add("--resume-if-begun", action="store_true", help="go on from the last checkpoint, if there is one; --resume wins")
     add("--memory-layers", default="3,6,9", help="comma-separated indices of decoder layers; 'auto' for every third")
     add("--num-train", type=int, default=500, help="training episodes")
     add("--num-val", type=int, default=50, help="validation episodes")
@@ -225,8 +227,28 @@ def save(model: PeftModel, folder: Path, license: str) -> None:
     )
 
 
+def begin_from(model: PeftModel, adapter: Path) -> None:
+    """Take over what of an adapter's weights fits, and print what of the model's it does not have."""
+    weights = load_peft_weights(str(adapter), device="cpu")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Some weights of .* were not initialized")  # they are printed below
+        found = set_peft_model_state_dict(model, weights, ignore_mismatched_sizes=True)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    missing = [name for name in trained if name in set(found.missing_keys)]
+    if len(missing) == len(trained):
+        raise SystemExit(
+            f"--from-adapter {adapter}: none of its {len(weights)} weights fits an adapter of these settings; "
+            "compare --memory-layers, --rank and --init with its adapter_config.json"
+        )
+    if missing:
+        print(f"--from-adapter {adapter} has nothing that fits {len(missing)} of the {len(trained)} trained weights:")
+        print(textwrap.indent("\n".join(missing), "  "))
+
+
 def main() -> None:
     args = parse()
+    if importlib.util.find_spec("matplotlib") is None:
+        raise SystemExit("matplotlib, which draws the training's plot, is not installed: pip install 'senri_hf[plots]'")
     set_seed(args.seed)
     cost = Cost(args.checkpoint_dir, args.from_adapter)
     args.checkpoint_dir.mkdir(parents=True, exist_ok=True)
@@ -246,7 +268,7 @@ def main() -> None:
     )
     model = get_peft_model(base, config)
     if args.from_adapter:
-        set_peft_model_state_dict(model, load_peft_weights(args.from_adapter, device="cpu"))
+        begin_from(model, args.from_adapter)
     model.print_trainable_parameters()
     trainer = senri_hf.MemoryTrainer(
         model=model,
@@ -286,7 +308,7 @@ def main() -> None:
     last = get_last_checkpoint(str(args.checkpoint_dir))
     if args.resume == "last" and last is None:
         raise SystemExit(f"--resume was given, but {args.checkpoint_dir} holds no checkpoint; leave it out to begin")
-    resume = last if args.resume == "last" or args.resume_if_begun else args.resume
+    resume = last if args.resume == "last" or (args.resume is None and args.resume_if_begun) else args.resume
     trainer.train(resume_from_checkpoint=resume)
     save(model, args.checkpoint_dir / "final", args.license)
     shutil.copy(cost.path, args.checkpoint_dir / "final" / cost.NAME)

@@ -2,18 +2,32 @@
 
 import math
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import HIDDEN, Subject, assert_close, assert_same_memory, feed, greedy, perturb, remembering, talk, tokens
+from models import (
+    HIDDEN,
+    Subject,
+    assert_close,
+    assert_identical_memory,
+    assert_same_memory,
+    feed,
+    greedy,
+    perturb,
+    remembering,
+    talk,
+    tokens,
+)
 from torch import Tensor, nn
 
 from senri_hf import EpisodicConfig, MemoryAdapterConfig, MemoryCache
 from senri_hf.memory import AttentionWeights, EpisodicReader, episodic, episodic_reference
 from senri_hf.memory.episodic import EMPTY, EpisodicState, end_conversation, pass_cycles, stage_segment
+from senri_hf.memory.episodic_layer import EpisodicLayer
 from senri_hf.memory.episodic_reader import Reading
 from senri_hf.memory.owner import owners
 
@@ -636,3 +650,24 @@ def test_layers_that_a_model_does_not_have_are_refused(layers: Any) -> None:
     """With the range that it has."""
     with pytest.raises(ValueError, match=r"layers_to_transform.*from 0 to 2"):
         MemoryAdapterConfig(layers_to_transform=layers).resolve_layers(3)
+
+
+def test_a_memory_goes_on_only_with_the_surprise_that_wrote_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other settings may differ, and a file that does not say by which surprise it was written is taken in."""
+    subject = Subject("llama", "episodic", "default")
+    model = subject.model()
+    nats, slower = subject.build(surprise="nll"), subject.build(decay_rate=0.01, segment_length=7)
+    for other in (nats, slower):
+        other.load_state_dict(model.state_dict(), strict=False)
+    memory = remembering(model)
+    memory.save_pretrained(tmp_path / "memory")
+    with pytest.raises(ValueError, match=r"layer 0 of it was written by .*'predictor'.* writes by .*'nll'"):
+        MemoryCache.from_pretrained(tmp_path / "memory", model=nats)
+    loaded = MemoryCache.from_pretrained(tmp_path / "memory", model=slower)
+    assert_identical_memory(loaded.state_dict(), memory.state_dict())
+    with monkeypatch.context() as without:
+        without.setattr(EpisodicLayer, "rules", [])
+        memory.save_pretrained(tmp_path / "silent")
+    for reader in (model, nats):
+        loaded = MemoryCache.from_pretrained(tmp_path / "silent", model=reader)
+        assert_identical_memory(loaded.state_dict(), memory.state_dict())

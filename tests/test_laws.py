@@ -624,6 +624,23 @@ def test_a_full_disk_leaves_a_whole_memory(
     assert_identical_memory(loaded.state_dict(), (new if good else old).state_dict())
 
 
+@pytest.mark.parametrize("good", range(3))
+def test_a_full_disk_leaves_no_empty_folder(good: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there was none: after the first rename there is a whole memory, before it nothing. An old one stays."""
+    model = DEFAULTS[0].model()
+    memory = remembering(model)
+    (tmp_path / "mine").mkdir()
+    for name in ("new", "mine"):
+        monkeypatch.setattr(os, "replace", Disk(os.replace, good, OSError(28, "No space left on device")))
+        with pytest.raises(OSError, match="No space left"):
+            memory.save_pretrained(tmp_path / name)
+        monkeypatch.undo()
+    assert sorted(f.name for f in tmp_path.iterdir()) == (["mine", "new"] if good else ["mine"])
+    if good:
+        loaded = MemoryCache.from_pretrained(tmp_path / "new", model=model)
+        assert_identical_memory(loaded.state_dict(), memory.state_dict())
+
+
 def test_a_memory_is_not_saved_over_a_file(tmp_path: Path) -> None:
     """The file stays."""
     (tmp_path / "notes").write_text("mine")

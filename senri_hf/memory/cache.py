@@ -360,7 +360,12 @@ class MemoryCache(AssociativeOperations, DynamicCache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory, all rows and layers, without the context."""
+        """Bytes of memory, committed, staged and open, all rows and layers, without the context.
+
+        While a conversation is open there is working space on top, bounded however long the conversation gets: the
+        journal from which last tokens are taken back, tokens that wait to be taken in, and keys and values projected
+        from memory. It ends with `clear_context()`.
+        """
         return sum(layer.nbytes for layer in self.memory_layers)
 
     @property

@@ -130,6 +130,11 @@ class EpisodicLayer(MemoryLayer):
         self.projected: tuple[Any, Any, Any] | None = None  # what a reader derived from the committed memory
 
     @property
+    def rules(self) -> list[dict[str, Any]]:
+        """What surprise is, as errors of a predictor and nats cannot be held against each other."""
+        return [{"surprise": self.config.surprise}]
+
+    @property
     def now(self) -> Progress | None:
         """Where the conversation stands, everything taken in; None before anything was."""
         if self.waiting and self.take_in is not None:

@@ -43,11 +43,13 @@ def save(tensors: dict[str, Tensor], description: dict[str, Any], folder: Path) 
     }
     description["checksum"] = checksum(tensors, description)
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    made = False
     try:
         held = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
         save_file(held, scratch / WEIGHTS, metadata={"senri_hf": json.dumps(description)})
         (scratch / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
         (scratch / "README.md").write_text(card(description), encoding="utf-8")
+        made = not folder.exists()
         folder.mkdir(exist_ok=True)
         for name in (WEIGHTS, DESCRIPTION, "README.md"):
             (scratch / name).replace(folder / name)
@@ -57,6 +59,8 @@ def save(tensors: dict[str, Tensor], description: dict[str, Any], folder: Path) 
         ) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+        if made and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def load(name_or_path: str | Path, **hub_kwargs: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -148,7 +152,7 @@ def check_fits(theirs: dict[str, Any], ours: dict[str, Any]) -> None:
     if found is not None:
         raise ValueError(f"The memory does not fit this model: {found}. Load it with the model that wrote it")
     for layer, held, expected in zip(ours["layers"], theirs.get("rules", []), ours["rules"], strict=False):
-        if held != expected:
+        if held and held != expected:  # none: an empty layer, or a file that does not say
             raise ValueError(
                 f"The memory does not fit this model: layer {layer[1]} of it was written by {held}, but this model "
                 f"writes by {expected}. Load it with the model that wrote it"

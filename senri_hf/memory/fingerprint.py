@@ -12,22 +12,27 @@ from .owner import owners
 
 SAMPLED_TENSORS = 24
 SAMPLED_VALUES = 8
-# Two copies of the same weights in different dtypes differ by less, other weights by far more.
+# Two copies of the same tensor in different dtypes differ by less (bfloat16 rounds a value by up to 0.4%).
 TOLERANCE = 0.02
+DECIMALS = 6
+# A sample of a smaller norm is compared as if it had this one: less than that is rounding.
+SMALLEST_NORM = 2e-4
 
 
 def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
     """Architecture, sizes and sampled weights of a model, and those of the memory it holds.
 
-    Samples are compared with a tolerance (`difference`), so that a model in another dtype, on another device, or with
-    quantized layers is still the same model.
+    Samples are compared tensor by tensor with a tolerance (`difference`), so that a model in another dtype, on another
+    device, or with quantized layers, which are left out, is still the same model.
     """
     config: Any = model.config.get_text_config(decoder=True)
     ours = {id(p) for owner in owners(model) for p in owner.parameters()}  # type: ignore[attr-defined]
     adapters = {name for name in getattr(model, "peft_config", {})}
     base, memory = {}, {}
     for name, parameter in model.named_parameters():
-        if not parameter.is_floating_point() or parameter.is_meta or parameter.numel() < SAMPLED_VALUES:
+        if parameter.is_meta or not parameter.numel():
+            continue
+        if not parameter.is_floating_point() or parameter.element_size() == 1:  # quantized: the scale is elsewhere
             continue
         # Names without the wrappers that PEFT puts around a model, and without the adapters' names.
         short = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
@@ -54,15 +59,27 @@ def public_name(name_or_path: str) -> str:
 
 
 def sample(parameters: dict[str, nn.Parameter]) -> dict[str, list[float]]:
-    """A few values of a few parameters, evenly spread over names and positions."""
+    """A few values of a few parameters: some evenly spread over the names, and the first and last of every kind.
+
+    Those of a kind differ in the numbers in their names alone, as the query projections of all layers do.
+    """
     names = sorted(parameters)
-    step = max(1, len(names) // SAMPLED_TENSORS)
+    large = [name for name in names if parameters[name].numel() >= SAMPLED_VALUES]
+    spread = large[:: max(1, len(large) // SAMPLED_TENSORS)][:SAMPLED_TENSORS]
+    last = {kind(name): name for name in names}
+    first = {kind(name): name for name in reversed(names)}
     chosen = {}
-    for name in names[::step][:SAMPLED_TENSORS]:
+    for name in sorted({*spread, *first.values(), *last.values()}):
         flat = parameters[name].detach().reshape(-1)
-        index = torch.arange(SAMPLED_VALUES, device=flat.device) * (flat.numel() - 1) // (SAMPLED_VALUES - 1)
-        chosen[name] = [round(value, 6) for value in flat[index].float().tolist()]
+        count = min(SAMPLED_VALUES, flat.numel())
+        index = torch.arange(count, device=flat.device) * (flat.numel() - 1) // max(1, count - 1)
+        chosen[name] = [round(value, DECIMALS) for value in flat[index].float().tolist()]
     return chosen
+
+
+def kind(name: str) -> str:
+    """A parameter's name without the numbers of layers and experts in it."""
+    return ".".join(part for part in name.split(".") if not part.isdigit())
 
 
 def difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str | None:
@@ -75,9 +92,16 @@ def difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str | None:
         shared = sorted(mine.keys() & other.keys())
         if not shared and (mine or other):
             return f"{what}: the memory's and this one's weights have different names"
-        a = torch.tensor([mine[key] for key in shared])
-        b = torch.tensor([other[key] for key in shared])
-        error = ((a - b).norm() / b.norm().clamp_min(1e-12)).item() if shared else 0.0
-        if error > TOLERANCE:
-            return f"{what}: the memory was made with another one (its sampled weights differ by {error:.0%})"
+        for key in shared:
+            error = relative_error(mine[key], other[key])
+            if not error <= TOLERANCE:  # nor is what is not a number the same
+                return f"{what}: the memory was made with another one (sampled values of {key} differ by {error:.0%})"
     return None
+
+
+def relative_error(a: list[float], b: list[float]) -> float:
+    """By how much two samples of a tensor differ, as a part of the larger one; 1 where the tensor has other sizes."""
+    if len(a) != len(b):
+        return 1.0
+    ours, theirs = torch.tensor(a), torch.tensor(b)
+    return ((ours - theirs).norm() / torch.maximum(ours.norm(), theirs.norm()).clamp_min(SMALLEST_NORM)).item()

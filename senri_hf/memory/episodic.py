@@ -232,7 +232,8 @@ def write_buffer(
     position = torch.arange(hidden.shape[1], device=slot.device)
     last = torch.where(together, position, EMPTY).amax(-1) == position
     reinforced = slot.masked_fill(~(known & last), config.buffer_slots)
-    moved = torch.lerp(take(state.buffer, slot), share @ hidden, config.write_alpha)
+    mean = (share @ hidden).to(state.buffer.dtype)  # under autocast it is not
+    moved = torch.lerp(take(state.buffer, slot), mean, config.write_alpha)
     state = replace(
         state,
         buffer=put(state.buffer, reinforced, moved),

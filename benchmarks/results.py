@@ -145,7 +145,7 @@ def training_section(model: str) -> list[str]:
     cost = json.loads(path.read_text())
     steps = f"{cost['steps']} optimizer steps, and {cost['topic_steps']} before them that learn topics only"
     took = f"{cost['seconds'] / 60:.0f} minutes with {cost['threads']} threads"
-    return ["", "### Training", "", f"{steps}: {took}, by `make train-{TARGETS[model]}`."]
+    return ["", "### Training", "", f"{steps}: {took}. `make train-{TARGETS[model]}` makes one like it."]
 
 
 def flat_table(found: dict[str, Any]) -> list[str]:

@@ -51,18 +51,21 @@ interop: setup
 demo: weights
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/name_recall/demo.py
 
-# Two stretches: a small memory that is quick to write, then a larger one that holds more conversations.
+# Three stretches: a small memory that is quick to write, then a larger one that holds more conversations, twice.
 SMOLLM2_TRAINING := $(TRAIN) --model smollm2-135m-instruct --memory-layers 11,14,17,20,23,26 --rank 32 \
-  --gate-lr-multiplier 10 --keep-every 5 --prose-every 4 --batch-size 8 --grad-accum 1 --epochs 1 --num-val 24 \
+  --gate-lr-multiplier 10 --keep-every 4 --prose-every 4 --batch-size 8 --grad-accum 1 --epochs 1 --num-val 24 \
   --resume-if-begun
+# The larger one, and how it is trained.
+FURTHER := --lr 1e-3 --topic-steps 20 --buffer-slots 64 --store-slots 448 --z-score-threshold 0.25 --save-every 20
 SMOLLM2_CHECKPOINTS := checkpoints/smollm2-135m-instruct
 
 train-demo: weights
 	HF_HUB_OFFLINE=1 $(SMOLLM2_TRAINING) --lr 2e-3 --topic-steps 120 --num-train 2560 --eval-every 160 --save-every 40 \
 	  --checkpoint-dir $(SMOLLM2_CHECKPOINTS)/first
-	HF_HUB_OFFLINE=1 $(SMOLLM2_TRAINING) --from-adapter $(SMOLLM2_CHECKPOINTS)/first/final --lr 1e-3 --topic-steps 20 \
-	  --buffer-slots 64 --store-slots 448 --z-score-threshold 0.25 --num-train 1760 --seed 1 --eval-every 110 \
-	  --save-every 20 --checkpoint-dir $(SMOLLM2_CHECKPOINTS)
+	HF_HUB_OFFLINE=1 $(SMOLLM2_TRAINING) $(FURTHER) --num-train 1760 --seed 1 --eval-every 110 \
+	  --from-adapter $(SMOLLM2_CHECKPOINTS)/first/final --checkpoint-dir $(SMOLLM2_CHECKPOINTS)/second
+	HF_HUB_OFFLINE=1 $(SMOLLM2_TRAINING) $(FURTHER) --num-train 2240 --seed 2 --eval-every 140 \
+	  --from-adapter $(SMOLLM2_CHECKPOINTS)/second/final --checkpoint-dir $(SMOLLM2_CHECKPOINTS)
 
 train-gemma: weights gemma
 	HF_HUB_OFFLINE=1 $(TRAIN) --model gemma-3-270m --memory-layers 5,7,9,11,13,15 --rank 32 --lr 2e-3 \

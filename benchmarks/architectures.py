@@ -20,6 +20,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import senri_hf
+from senri_hf.files import write_text
 
 
 HIDDEN, HEADS, LAYERS = 32, 4, 2
@@ -120,7 +121,7 @@ def main() -> None:
     ]
     for kind, rows in found.items():
         lines += ["", f"## {kind.capitalize()}: {len(rows)}", "", "| model type | |", "|---|---|", *rows]
-    args.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(args.output, "\n".join(lines) + "\n")
     print({kind: len(rows) for kind, rows in found.items()})
 
 

@@ -20,6 +20,7 @@ import torch
 
 from senri_hf import MemoryCache, SenriConfig, SenriForCausalLM, pythia_layers, senri_layers
 from senri_hf.configuration.compressive import UPDATE_RULES
+from senri_hf.files import write_json
 from senri_hf.tasks import AssociativeRecall
 
 
@@ -111,7 +112,7 @@ def main() -> None:
                     key = f"{model} | {pairs} pairs | {args.steps} steps | rate {rate:g} | seed {seed}"
                     if key not in found:
                         found[key] = train(model, task, seed, args.steps, rate)
-                        args.output.write_text(json.dumps(found, indent=2) + "\n")
+                        write_json(args.output, found)
                     print(key, found[key], flush=True)
 
 

@@ -9,13 +9,13 @@ pass of each counts.
 """
 
 import argparse
-import json
 import time
 from pathlib import Path
 
 import torch
 
 from senri_hf import MemoryTransformerConfig, MemoryTransformerForCausalLM
+from senri_hf.files import write_json
 
 
 HIDDEN, LAYERS, TOKENS, CHAPTER, TOP_K = 128, 8, 2048, 256, 2
@@ -81,7 +81,7 @@ def main() -> None:
         "hidden_size": HIDDEN, "layers": LAYERS, "memory_layers": LAYERS // 4, "tokens": TOKENS,
         "rows_per_chapter": CHAPTER, "top_k": TOP_K, "threads": torch.get_num_threads(), "torch": torch.__version__,
     }  # fmt: skip
-    arguments.out.write_text(json.dumps({"setting": setting, "time": times(arguments.rounds)}, indent=1) + "\n")
+    write_json(arguments.out, {"setting": setting, "time": times(arguments.rounds)})
 
 
 if __name__ == "__main__":

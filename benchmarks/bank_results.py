@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from senri_hf.files import write_text
 from senri_hf.interpretability.plots import figure, save
 
 
@@ -230,7 +231,7 @@ def main() -> None:
     for name, section in SECTIONS.items():
         if (DOCS / name).exists():
             lines += section(json.loads((DOCS / name).read_text()))
-    (DOCS / "bank_results.md").write_text("\n".join(lines).rstrip() + "\n")
+    write_text(DOCS / "bank_results.md", "\n".join(lines).rstrip() + "\n")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
 
 from senri_hf.configuration.compressive import UPDATE_RULES
+from senri_hf.files import write_json
 from senri_hf.memory import compressive_reference
 from senri_hf.memory.compressive import UpdateRule, elu_features, read, read_and_write, read_backwards, unit_features
 
@@ -119,7 +120,7 @@ def main() -> None:
         },
         "seconds": {rule: speed(rule) for rule in UPDATE_RULES},
     }
-    args.output.write_text(json.dumps(found, indent=2) + "\n")
+    write_json(args.output, found)
     print(json.dumps(found, indent=2))
 
 

@@ -14,6 +14,7 @@ from peft import PeftConfig, PeftModel
 from tqdm import tqdm
 
 import senri_hf
+from senri_hf.files import whole, write_json
 from senri_hf.memory.episodic import EMPTY
 from senri_hf.tasks import recall_episodes, score_reply
 from senri_hf.tasks.text import ordinary_text
@@ -103,7 +104,8 @@ def plot(curves: dict[str, list[float]], path: Path) -> None:
     axes.set_ylim(0, 1)
     axes.grid(alpha=0.3)
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    with whole(path) as scratch:
+        figure.savefig(scratch, format="png", dpi=120)
     plt.close(figure)
 
 
@@ -126,7 +128,7 @@ if __name__ == "__main__":
         if base.peft_config["default"].store_slots:
             kept[title] = kept_tokens(base, words)
     result = {"adapter": adapter_digest(arguments.adapter), "cycles": list(CYCLES), "exact": curves, "kept": kept}
-    stored.write_text(json.dumps(result, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(stored, result)
     plot(curves, stored.with_suffix(".png"))
     print(json.dumps(curves, indent=1))
     print(f"The plot is {stored.with_suffix('.png')}")

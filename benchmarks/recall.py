@@ -23,13 +23,14 @@ from peft import PeftModel
 from tqdm import tqdm
 
 import senri_hf
+from senri_hf.files import write_json
 from senri_hf.tasks import Episode, recall_episodes, score_reply
 from senri_hf.training import ask, tell
 
 
 SUITES: dict[str, dict[str, Any]] = {
     "200 unseen names": {"num_episodes": 200, "relations": "name"},
-    "four facts, four conversations": {"num_episodes": 100, "facts": 4},
+    "four facts, four conversations": {"num_episodes": 300, "facts": 4},
     "held-out relations": {"num_episodes": 100, "relations": "held_out"},
     "held-out relations, four facts": {"num_episodes": 100, "relations": "held_out", "facts": 4},
     "ten facts, ten conversations": {"num_episodes": 100, "facts": 10},
@@ -153,17 +154,14 @@ def main() -> None:
     suites = [args.suite] if args.suite else list(SUITES)
     for suite in tqdm(suites, desc=args.model):
         for method in args.methods:
-            if method in done.setdefault(suite, {}):
+            if done.setdefault(suite, {}).get(method, {}).get("episodes") == SUITES[suite]["num_episodes"]:
                 continue
             if method == "memory":
                 done[suite][method] = with_memory(suite, args)
             else:
                 base = base or load(args.model, None, args.dtype)
                 done[suite][method] = without_memory(suite, method, *base)
-            args.output.parent.mkdir(parents=True, exist_ok=True)
-            scratch = args.output.with_suffix(".tmp")
-            scratch.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-            scratch.replace(args.output)
+            write_json(args.output, results)
             print(f"{suite:36s} {method:16s} {done[suite][method]['exact']:.3f}")
     return None
 

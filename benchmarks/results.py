@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from adapter_digest import adapter_digest
-from recall import SUITES
+from recall import METHODS, SUITES
 
 from senri_hf.commands.chat import shipped_adapter
+from senri_hf.files import write_json, write_text
 
 
 HERE, DOCS = Path(__file__).parent, Path(__file__).parents[1] / "docs"
@@ -41,7 +42,7 @@ def discard(name: str, model: str) -> None:
     elif path.exists():
         found = json.loads(path.read_text())
         found.pop(model, None)
-        path.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+        write_json(path, found)
 
 
 def adapter_of(name: str, model: str) -> str | None:
@@ -82,11 +83,10 @@ def suites(found: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 
 
 def recall_table(found: dict[str, dict[str, Any]]) -> list[str]:
-    methods = ("memory", "no memory", "kept in context", "text prepended")
-    lines = ["| told | episodes | " + " | ".join(methods) + " |", "|---|---|" + "---|" * len(methods)]
+    lines = ["| told | episodes | " + " | ".join(METHODS) + " |", "|---|---|" + "---|" * len(METHODS)]
     for suite, results in suites(found):
         cells = []
-        for method in methods:
+        for method in METHODS:
             r = results.get(method)
             cells.append(
                 "not run"
@@ -136,6 +136,19 @@ def forgetting_section(found: dict[str, Any], model: str) -> list[str]:
     return lines + [f"| {name} | " + " | ".join(map(percent, exact)) + " |" for name, exact in found["exact"].items()]
 
 
+def general_section(found: dict[str, Any] | None) -> list[str]:
+    """Replies to questions that are not about the user, with a memory full of facts."""
+    if found is None:
+        return []
+    figures = {name: value for name, value in found.items() if name != "replies"}
+    lines = ["", "### General questions with a memory full of facts", "", *flat_table(figures)]
+    lines += ["", "| asked | without memory | with memory |", "|---|---|---|"]
+    for question, *replies in found["replies"][:6]:
+        before, after = (" ".join(reply.split())[:120].replace("|", "\\|") for reply in replies)
+        lines.append(f"| {question} | {before} | {after} |")
+    return lines
+
+
 def training_section(model: str) -> list[str]:
     """What the shipped adapter's training took, where it is known."""
     adapter = shipped_adapter(model)
@@ -146,6 +159,19 @@ def training_section(model: str) -> list[str]:
     steps = f"{cost['steps']} optimizer steps, and {cost['topic_steps']} before them that learn topics only"
     took = f"{cost['seconds'] / 60:.0f} minutes with {cost['threads']} threads"
     return ["", "### Training", "", f"{steps}: {took}. `make train-{TARGETS[model]}` makes one like it."]
+
+
+def initialisation_section(model: str) -> list[str]:
+    """What the two initialisations learn in as many steps; of no shipped adapter, so it is run by itself."""
+    path = DOCS / "initialisations.json"
+    found = json.loads(path.read_text()).get(model) if path.exists() else None
+    if found is None:
+        return []
+    (steps, *_), rows = found["exact"].values(), found["exact"].items()
+    lines = ["", "### Where the read starts", "", "`python benchmarks/initialisations.py`: full copies trained on"]
+    lines += ["names only; unseen names whose every token comes out on top, by optimizer steps.", ""]
+    lines += ["| init | " + " | ".join(steps) + " |", "|---|" + "---|" * len(steps)]
+    return lines + [f"| {init} | " + " | ".join(map(percent, exact.values())) + " |" for init, exact in rows]
 
 
 def flat_table(found: dict[str, Any]) -> list[str]:
@@ -181,18 +207,19 @@ def write(path: Path) -> None:
             lines += recall_table(sections["recall"])
             lines += ["", "Some answers that were wrong:", "", *wrong_answers(sections["recall"])]
         lines += training_section(model)
+        lines += initialisation_section(model)
         if sections["forgetting"]:
             lines += forgetting_section(sections["forgetting"], model)
             lines += ["", "### What the surprise gate kept", *gate_tables(sections["forgetting"]["kept"])]
         if sections["perplexity"]:
-            lines += ["", "### Perplexity on ordinary English prose", "", *flat_table(sections["perplexity"])]
+            prose = {name: value for name, value in sections["perplexity"].items() if name != "general"}
+            lines += ["", "### Perplexity on ordinary English prose", "", *flat_table(prose)]
+            lines += general_section(sections["perplexity"].get("general"))
         if sections["speed"]:
             lines += ["", "### Cost"]
             for title, values in sections["speed"].items():
                 lines += ["", f"{title[0].upper()}{title[1:]}:", "", *flat_table(values)]
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    scratch.replace(path)
+    write_text(path, "\n".join(lines) + "\n")
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ import torch
 from transformers import DynamicCache, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from senri_hf import MemoryCache, SenriConfig, SenriForCausalLM, senri_layers
+from senri_hf.files import write_json
 
 
 OUTPUT = Path(__file__).parents[1] / "docs" / "senri_cost.json"
@@ -89,7 +90,7 @@ def main() -> None:
                 new, held = json.loads(out), found[name].get(str(length))
                 found[name][str(length)] = new if held is None else {key: min(new[key], held[key]) for key in new}
                 print(turn, name, length, new, flush=True)
-                args.output.write_text(json.dumps(found, indent=2) + "\n")
+                write_json(args.output, found)
 
 
 if __name__ == "__main__":

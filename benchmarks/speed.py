@@ -21,6 +21,7 @@ from tqdm import trange
 
 import senri_hf
 from senri_hf.commands.chat import shipped_adapter
+from senri_hf.files import write_json
 from senri_hf.tasks import recall_episodes
 from senri_hf.training import EpisodeCollator, tell
 
@@ -174,5 +175,5 @@ if __name__ == "__main__":
     }
     stored = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
     stored[arguments.model] = result
-    arguments.output.write_text(json.dumps(stored, indent=1) + "\n")
+    write_json(arguments.output, stored)
     print(json.dumps(result, indent=1))

@@ -22,6 +22,8 @@ from typing import Any
 
 from symbolic_results import FIGURES, render
 
+from senri_hf.files import write_json, write_text
+
 
 ROOT = Path(__file__).parents[1]
 DOCS, EXAMPLES, WORK = ROOT / "docs", ROOT / "examples", Path("checkpoints") / "symbolic"
@@ -229,13 +231,8 @@ def saelens() -> dict[str, Any]:
 
 
 def store(found: dict[str, Any]) -> None:
-    for path, text in (
-        (STORE, json.dumps(found, indent=1, ensure_ascii=False) + "\n"),
-        (DOCS / "symbolic_results.md", "\n".join(render(found)) + "\n"),
-    ):
-        scratch = path.with_suffix(".tmp")
-        scratch.write_text(text, encoding="utf-8")
-        scratch.replace(path)
+    write_json(STORE, found)
+    write_text(DOCS / "symbolic_results.md", "\n".join(render(found)) + "\n")
 
 
 def main() -> None:

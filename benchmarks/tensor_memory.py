@@ -26,6 +26,7 @@ from senri_hf import (
     TensorMemory,
     TensorMemoryHeadConfig,
 )
+from senri_hf.files import write_json
 from senri_hf.memory import CompressiveMemory
 from senri_hf.memory.layout import Layout
 
@@ -138,5 +139,5 @@ if __name__ == "__main__":
             way: found["8 heads of 64"][way] / found["one head of 512"][way] for way in found["one head of 512"]
         },
     }
-    OUTPUT.write_text(json.dumps(results, indent=1) + "\n")
+    write_json(OUTPUT, results)
     print(json.dumps(results, indent=1))

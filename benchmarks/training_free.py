@@ -29,6 +29,7 @@ from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 
 import senri_hf
 from senri_hf.commands.chat import shipped_adapter
+from senri_hf.files import write_json
 from senri_hf.tasks import Episode, Question, recall_episodes, score_reply
 from senri_hf.training import ask, tell
 
@@ -260,12 +261,6 @@ def kept(reader: Reader, batch: list[Episode], told: int, method: str, memory: A
     return float(sum(len(reader.tokenizer.apply_chat_template(text)["input_ids"]) for text in said) * per_token)
 
 
-def save(results: dict[str, Any], path: Path) -> None:
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    scratch.replace(path)
-
-
 def planned(args: argparse.Namespace) -> list[Run]:
     """Everything that is asked for, in its order."""
     chosen = {
@@ -333,7 +328,7 @@ def main() -> None:
             minutes = (time.perf_counter() - started) / 60
             what = f"{run.part:26s} {cell(run.suite, count):32s} {run.method:20s}"
             print(f"{minutes:5.1f} {what} {row['recall']:.3f}", flush=True)
-        save(results, args.output)
+        write_json(args.output, results)
     write_page(results, args.output.parent)
 
 

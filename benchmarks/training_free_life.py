@@ -17,12 +17,13 @@ from statistics import median
 from typing import Any
 
 import torch
-from training_free import Reader, save, sentence_ends, text_of
+from training_free import Reader, sentence_ends, text_of
 from training_free_grid import LIFE
 from training_free_page import write_page
 from transformers import DynamicCache
 
 import senri_hf
+from senri_hf.files import write_json
 from senri_hf.tasks import recall_episodes, score_reply
 from senri_hf.tasks.text import TEXT_SOURCES, ordinary_text
 from senri_hf.training import tell
@@ -161,7 +162,7 @@ def main() -> None:
     def report(key: str, found: dict[str, Any]) -> None:
         results = json.loads(args.output.read_text()) if args.output.exists() else {}
         results.setdefault(key, {})[args.model] = found
-        save(results, args.output)
+        write_json(args.output, results)
         write_page(results, args.output.parent)
         print(json.dumps(found), flush=True)
 

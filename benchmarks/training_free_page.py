@@ -7,6 +7,8 @@ from typing import Any
 
 from training_free_grid import DISTRACTORS, EPISODES, LIFE, SEEDS, SUITES, cell, methods
 
+from senri_hf.files import whole, write_text
+
 
 MARKS = {"kept in context": "s", "text prepended": "^", "no memory": "x", "trained adapter": "*"}
 COLOURS = {"surprise": "tab:blue", "recent": "tab:orange", "random": "tab:green"}
@@ -138,7 +140,8 @@ def plot_recall(suites: dict[str, Any], path: Path) -> None:
         handles, labels = axis.get_legend_handles_labels()
         unique |= dict(zip(labels, handles, strict=True))
     figure.legend(unique.values(), unique.keys(), fontsize=8, loc="outside right upper")
-    figure.savefig(path, dpi=100)
+    with whole(path) as scratch:
+        figure.savefig(scratch, format="png", dpi=100)
     plt.close(figure)
 
 
@@ -159,7 +162,8 @@ def plot_life(life: dict[str, Any], path: Path) -> None:
         axis.set_title(title, fontsize=10)
         axis.grid(alpha=0.3)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    with whole(path) as scratch:
+        figure.savefig(scratch, format="png", dpi=110)
     plt.close(figure)
 
 
@@ -230,6 +234,4 @@ def write_page(results: dict[str, Any], folder: Path) -> None:
             lines += ["", "### Cost", "", "`python benchmarks/training_free_life.py --cost`, one thread.", ""]
             lines += cost_table(cost)
     path = folder / "training_free_results.md"
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
-    scratch.replace(path)
+    write_text(path, "\n".join(lines).rstrip() + "\n")

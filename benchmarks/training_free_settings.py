@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from training_free import Reader, left_padded, save, sentence_ends, shared, text_of
+from training_free import Reader, left_padded, sentence_ends, shared, text_of
 from training_free_page import write_page
 
 import senri_hf
+from senri_hf.files import write_json
 from senri_hf.tasks import Episode, recall_episodes
 from senri_hf.training import tell
 
@@ -136,7 +137,7 @@ def main() -> None:
         if any((row["told"], row["settings"], row["answers"]) == wanted for row in rows):
             continue
         rows.append(measure(reader, told, settings, args.episodes))
-        save(results, args.output)
+        write_json(args.output, results)
         print(json.dumps(rows[-1]), flush=True)
     write_page(json.loads(args.output.read_text()), args.output.parent)
 

@@ -11,6 +11,7 @@ from senri_hf.tasks.recall import (
     Question,
     distractor_conversations,
     fill,
+    general_conversations,
     load_data,
     names,
     recall_episodes,
@@ -59,6 +60,33 @@ def test_oblique_questions_of_training_are_no_validation_questions() -> None:
         assert (len(set(oblique)) >= 6) == (relation["split"] == "train"), relation["key"]
         assert not validation & set(oblique)
         assert not set(relation["questions"]["train"]) & set(oblique)
+
+
+def test_a_frame_for_questions_holds_what_is_asked_and_no_words_of_validation_questions() -> None:
+    data = load_data()
+    asked_in_validation = {
+        question.replace(relation["about"], "{about}")
+        for relation in data["relations"]
+        if "about" in relation
+        for question in relation["questions"]["validation"]
+    }
+    assert len(set(data["frames"])) >= 12 and not asked_in_validation & set(data["frames"])
+    for frame in data["frames"]:
+        assert frame.count("{about}") == 1 and frame.count("{") == 1 and frame[-1] in ".?!", frame
+    for relation in data["relations"]:
+        assert ("about" in relation) == (relation["split"] == "train"), relation["key"]
+        assert relation.get("about", "my").split()[0] in ("the", "my"), relation["about"]
+
+
+def test_general_conversations_of_training_hold_nothing_of_validation() -> None:
+    train, validation = (general_conversations(split) for split in recall.SPLITS)
+    assert len(train) >= 45 and len(validation) >= 25
+    assert not {c[0]["content"] for c in train} & {c[0]["content"] for c in validation}
+    unseen = [value for category in load_data()["values"].values() for value in category["validation"]]
+    for conversation in train:
+        assert [message["role"] for message in conversation] == ["user", "assistant"]
+        said = recall._normal(" ".join(message["content"] for message in conversation))
+        assert not any(recall._contains(said, recall._normal(value)) for value in unseen), said
 
 
 def test_relations_of_the_splits_are_disjoint() -> None:
@@ -217,8 +245,12 @@ def test_the_training_mixture_is_varied_and_keeps_to_training_data() -> None:
     held_out = set(relation_names("held_out"))
     assert not any(question.relation in held_out for episode in episodes for question in episode.questions)
     questions = [question for episode in episodes for question in episode.questions]
-    oblique = [q for q in questions if q.messages[0]["content"] in _relation(q.relation)["oblique"]]
-    assert 0.3 < len(oblique) / len(questions) < 0.5
+    oblique = [q for q in questions if q.messages[0]["content"] not in _relation(q.relation)["questions"]["train"]]
+    framed = [q for q in oblique if q.messages[0]["content"] not in _relation(q.relation)["oblique"]]
+    assert 0.4 < len(oblique) / len(questions) < 0.6 and 0.5 < len(framed) / len(oblique) < 0.9
+    for question in framed:
+        about = _relation(question.relation)["about"]
+        assert question.messages[0]["content"] in [frame.format(about=about) for frame in load_data()["frames"]]
     assert {question.reply for question in oblique} == {f"You told me: {question.answer}." for question in oblique}
     for question in questions:
         assert score_reply(question.reply, question), question

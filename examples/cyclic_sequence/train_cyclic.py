@@ -21,6 +21,7 @@ import torch
 from transformers import Trainer, TrainingArguments, set_seed
 
 from senri_hf import SymbolicTransformerConfig, SymbolicTransformerForCausalLM
+from senri_hf.files import write_json
 from senri_hf.interpretability import plots
 from senri_hf.tasks import CyclicSequence
 
@@ -144,8 +145,7 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
 
 def write_results(args: argparse.Namespace, found: dict[str, Any]) -> None:
     """What a run found, below its settings, as `results.json` in `--output`."""
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "results.json").write_text(json.dumps({"settings": settings_of(args), **found}, indent=1) + "\n")
+    write_json(args.output / "results.json", {"settings": settings_of(args), **found})
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -23,6 +23,7 @@ from typing import Any
 import psutil
 
 from senri_hf.commands.evaluate import perplexity
+from senri_hf.files import write_json
 from senri_hf.training import run as runs
 
 
@@ -137,7 +138,7 @@ def main() -> int:
                     f"{one['held_out_apart']:.1e} on held-out text",
                     flush=True,
                 )
-    arguments.out.write_text(json.dumps({"steps": STEPS, "runs": found}, indent=1) + "\n")
+    write_json(arguments.out, {"steps": STEPS, "runs": found})
     return int(max(max(one["apart"], one["held_out_apart"]) for one in found) > 1e-3)
 
 

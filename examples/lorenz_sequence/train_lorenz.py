@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from transformers import Trainer, TrainingArguments, set_seed
 
 from senri_hf import SymbolicTransformerConfig, SymbolicTransformerForCausalLM
+from senri_hf.files import write_json
 from senri_hf.interpretability import plots
 from senri_hf.tasks import autocorrelation, lorenz_symbols
 
@@ -174,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "shares": {name: np.bincount(s.ravel(), minlength=SYMBOLS).tolist() for name, s in shown.items()},
         "jumps": {name: jumps(sequences) for name, sequences in shown.items()},
     }
-    (args.output / "results.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_json(args.output / "results.json", result)
     logged = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
     bounds = {f"Markov chain of order {order}": loss for order, loss in result["markov_loss"].items()}
     plots.training_curves({"training loss": logged}, args.output / "training.png", y_label="nats per symbol",

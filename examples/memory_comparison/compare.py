@@ -23,6 +23,7 @@ from typing import Any
 
 from senri_hf.commands.evaluate import perplexity
 from senri_hf.configuration.run import RunConfig
+from senri_hf.files import write_json
 from senri_hf.training import run as runs
 
 
@@ -223,9 +224,7 @@ def compare(name: str, seeds: list[int], steps: int, out: Path) -> None:
             folder = folder_of(out, name, variant, rung, seed)
             done = {**key, **one_run(part, variant, rates, seed, steps, folder)}
             found["runs"].append(done)
-            scratch = out.with_name(f".{out.name}")
-            scratch.write_text(json.dumps(results, indent=1) + "\n")
-            scratch.replace(out)
+            write_json(out, results)
         print(f"{variant}: rate {rung:g}, seed {seed}: loss {done['loss']:.4f}, {done['seconds']} s", flush=True)
         return float(done["loss"])
 

@@ -17,6 +17,7 @@ import torch
 from compare import OUT, PARTS, best_folder, held_out
 
 from senri_hf.adapters import quantize_bank
+from senri_hf.files import write_json
 from senri_hf.memory.bank import MemoryBank
 from senri_hf.memory.bank_reader import BankAttention
 from senri_hf.tasks.text import TEXT_SOURCES
@@ -117,7 +118,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT.with_name("bank_trained.json"))
     arguments = parser.parse_args()
     found = {"chapters": chapters(arguments.runs), "bits": bits(arguments.runs)}
-    arguments.out.write_text(json.dumps(found, indent=1) + "\n")
+    write_json(arguments.out, found)
 
 
 if __name__ == "__main__":

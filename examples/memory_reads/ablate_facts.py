@@ -35,6 +35,7 @@ from safetensors.torch import load_file, save_file
 from transformers import set_seed
 
 import senri_hf
+from senri_hf.files import whole, write_json
 from senri_hf.interpretability import (
     ActivationStream,
     Edit,
@@ -314,17 +315,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parts, settings = args.output / "parts", settings_of(args)
     parts.mkdir(parents=True, exist_ok=True)
     if not (parts / "settings.json").exists():
-        write(parts / "settings.json", settings)
+        write_json(parts / "settings.json", settings)
     if json.loads((parts / "settings.json").read_text()) != settings:
         raise SystemExit(f"{args.output} has parts of a run with other settings: name another folder, or remove it")
     if not (parts / LATENTS).exists():
         find(model, tokenizer, places, args, parts)
-        write(parts / "people.json", {"cpu_seconds": time.process_time() - began})
+        write_json(parts / "people.json", {"cpu_seconds": time.process_time() - began})
     for split in TESTED:
         if not (parts / f"{split}.json").exists():
             began = time.process_time()
             found = test(model, tokenizer, places, args, parts, split)
-            write(parts / f"{split}.json", found | {"cpu_seconds": time.process_time() - began})
+            write_json(parts / f"{split}.json", found | {"cpu_seconds": time.process_time() - began})
     every = {name: json.loads((parts / f"{name}.json").read_text()) for name in ("people", *TESTED)}
     profiled = load_file(parts / LATENTS)
     result: dict[str, Any] = {
@@ -337,7 +338,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "tested": {whose: every[split] for split, whose in TESTED.items()},
         "cpu_seconds": sum(part["cpu_seconds"] for part in every.values()),
     }
-    write(args.output / "results.json", result)
+    write_json(args.output / "results.json", result)
     for split, whose in TESTED.items():
         draw([every[split]], args.kinds, args.output / f"recall-{split}.png", whose)
     print(f"{args.output}")
@@ -353,8 +354,8 @@ def find(model: Any, tokenizer: Any, places: Sequence[str], args: argparse.Names
         autoencoders[-1].save_pretrained(args.output / place)
     profiled = profile(autoencoders, args.kinds, people, found)
     profiled["attributed"] = attributions(model, autoencoders, people, args.kinds)
-    save_file(profiled, parts / f"{LATENTS}.tmp")
-    (parts / f"{LATENTS}.tmp").replace(parts / LATENTS)
+    with whole(parts / LATENTS) as scratch:
+        save_file(profiled, scratch)
 
 
 def test(
@@ -477,13 +478,6 @@ def draw(found: Sequence[dict[str, Any]], kinds: Sequence[str], path: Path, whos
 def named(kind: str) -> str:
     """A kind in words."""
     return kind.replace("_", " ")
-
-
-def write(path: Path, found: Any) -> None:
-    """Write JSON, under another name first."""
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text(json.dumps(found, indent=1) + "\n")
-    scratch.replace(path)
 
 
 if __name__ == "__main__":

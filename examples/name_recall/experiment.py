@@ -6,7 +6,6 @@ Tokens are embedded by hashing their letter triples, so that equal words are equ
 """
 
 import argparse
-import json
 import logging
 import time
 import zlib
@@ -15,6 +14,7 @@ from pathlib import Path
 import torch
 
 from senri_hf import EpisodicConfig
+from senri_hf.files import write_json
 from senri_hf.memory import EpisodicLayer, file
 from senri_hf.memory.episodic import cosine
 from senri_hf.memory.episodic_layer import Tokens
@@ -39,10 +39,22 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     if args.interactive:
         for name in ("initial_name", "corrected_name", "reinforcement_turns", "decay_cycles"):
-            default = getattr(args, name)
-            answer = input(f"{name.replace('_', ' ')} [{default}]: ").strip()
-            setattr(args, name, type(default)(answer) if answer else default)
+            setattr(args, name, asked(name.replace("_", " "), getattr(args, name)))
     return args
+
+
+def asked(what: str, default: str | int) -> str | int:
+    """What a person answers, or the default for an empty line; Ctrl-D ends the program."""
+    while True:
+        try:
+            answer = input(f"{what} [{default}]: ").strip()
+        except EOFError:
+            raise SystemExit("\nNothing was run.") from None
+        if isinstance(default, str):
+            return answer or default
+        if not answer or answer.isdecimal():
+            return int(answer or default)
+        print(f"{answer!r} is not a number of at least 0")
 
 
 def embed(word: str) -> torch.Tensor:
@@ -115,9 +127,7 @@ def main() -> None:
         ))  # fmt: skip
     path = args.output_dir / f"embedding_experiment_results_{time.strftime('%Y%m%d_%H%M%S')}.json"
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text(json.dumps({"settings": settings, "phases": experiment.phases}, indent=1))
-    scratch.replace(path)
+    write_json(path, {"settings": settings, "phases": experiment.phases})
     log.info("Results: %s", path)
     folder = args.save_memory or (args.output_dir / "memory" if args.auto_save else None)
     if folder:

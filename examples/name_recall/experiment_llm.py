@@ -5,7 +5,6 @@ python examples/name_recall/experiment_llm.py --interactive
 """
 
 import argparse
-import json
 import logging
 import sys
 import time
@@ -15,6 +14,7 @@ from peft import get_peft_model
 
 import senri_hf
 from senri_hf.commands.chat import find_adapter, load_model
+from senri_hf.files import write_json
 from senri_hf.memory.owner import owners
 from senri_hf.tasks import Question, score_reply
 
@@ -116,13 +116,8 @@ def main() -> None:
             experiment.phase("recall after correction and decay", question, args.corrected_name, write=False)
     path = args.output_dir / f"llm_experiment_results_{stamp}.json"
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text(
-        json.dumps(
-            {"settings": settings, "phases": experiment.phases, "memory": experiment.chat.memory.summary()}, indent=1
-        )
-    )
-    scratch.replace(path)
+    memory = experiment.chat.memory.summary()
+    write_json(path, {"settings": settings, "phases": experiment.phases, "memory": memory})
     print(f"Results: {path}")
 
 

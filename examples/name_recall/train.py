@@ -28,7 +28,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import senri_hf
 from senri_hf.adapters import save_adapter
-from senri_hf.tasks import recall_episodes, training_mixture
+from senri_hf.files import whole, write_json
+from senri_hf.tasks import general_conversations, recall_episodes, training_mixture
 from senri_hf.tasks.text import ordinary_text
 
 
@@ -66,7 +67,8 @@ def parse() -> argparse.Namespace:
         "--keep-every",
         type=int,
         default=3,
-        help="in every N-th episode a reply to small talk or to something told stays as without memory; 0: in none",
+        help="in every N-th episode a reply to a general question and one to something told stay as without memory; "
+        "0: in none",
     )
     add(
         "--prose-every",
@@ -88,24 +90,28 @@ def parse() -> argparse.Namespace:
 def training_episodes(task: str, count: int, seed: int, keep_every: int, prose_every: int) -> list[dict]:
     """Episodes as lists of conversations.
 
-    What is said in one told conversation of every `keep_every`-th, with others before it, and a piece of prose before
-    the questions of every `prose_every`-th, is to stay as without memory.
+    What is said in one told conversation of every `keep_every`-th, with others before it, and in a general one after
+    all that is told, and a piece of prose before the questions of every `prose_every`-th, is to stay as without memory.
     """
     if task == "names":
         episodes = recall_episodes(count, split="train", relations="name", seed=seed)
     else:
         episodes = list(itertools.islice(training_mixture(seed, TELLINGS), count))
     chance = random.Random(seed)
-    rows = []
+    general, rows = general_conversations("train"), []
     for index, episode in enumerate(episodes):
         conversations = [[dict(message) for message in conversation] for conversation in episode.conversations]
-        if keep_every and index % keep_every == 0 and len(episode.told) > 1:
-            for message in conversations[chance.randrange(1, len(episode.told))]:
+        if keep_every and index % keep_every == 0:
+            kept = [[dict(message) for message in chance.choice(general)]]
+            if len(episode.told) > 1:
+                kept.append(conversations[chance.randrange(1, len(episode.told))])
+            for message in (message for conversation in kept for message in conversation):
                 message["keep"] = message["role"] == "assistant"
+            conversations.insert(len(episode.told), kept[0])
         rows.append({"conversations": conversations, "length": len(conversations)})
     if prose_every:
         for index, text in zip(range(0, count, prose_every), prose(seed), strict=False):
-            place = len(episodes[index].told)
+            place = len(episodes[index].told)  # before a general question
             rows[index]["conversations"].insert(place, [{"role": "text", "content": text, "keep": True}])
     return rows
 
@@ -136,10 +142,7 @@ class History(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         self.logger.info("step %d %s", state.global_step, json.dumps(logs))
-        path = self.folder / "training_history.json"
-        scratch = path.with_suffix(".tmp")
-        scratch.write_text(json.dumps(state.log_history, indent=1), encoding="utf-8")
-        scratch.replace(path)
+        write_json(self.folder / "training_history.json", state.log_history)
         plot(state.log_history, self.folder / "training.png")
 
     def on_evaluate(self, args, state, control, metrics=None, model=None, **kwargs):
@@ -183,9 +186,7 @@ class Cost(TrainerCallback):
             "seconds": round(self.before["seconds"] + self.earlier + time.perf_counter() - self.start, 1),
             "threads": torch.get_num_threads(),
         }
-        scratch = self.path.with_suffix(".tmp")
-        scratch.write_text(json.dumps(found) + "\n", encoding="utf-8")
-        scratch.replace(self.path)
+        write_json(self.path, found)
 
     on_train_end = on_save
 
@@ -208,10 +209,9 @@ def plot(history: list[dict], path: Path) -> None:
     right.set_ylim(0, 1)
     right.set_ylabel("validation answers whose every token is right", color="tab:orange")
     figure.tight_layout()
-    scratch = path.with_name("." + path.name)
-    figure.savefig(scratch, dpi=120)
+    with whole(path) as scratch:
+        figure.savefig(scratch, format="png", dpi=120)
     plt.close(figure)
-    scratch.replace(path)
 
 
 def save(model: PeftModel, folder: Path, license: str) -> None:

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from senri_hf import MemoryCache, SenriConfig, SenriForCausalLM, pythia_layers, senri_layers
+from senri_hf.files import write_json
 from senri_hf.memory.compressive_layer import Progress
 from senri_hf.memory.layout import Layout
 
@@ -189,7 +190,7 @@ def main() -> None:
         results["memory, asked forward, read backward"] = read_backward(model)
         print("read backward", results["memory, asked forward, read backward"], flush=True)
         found[f"seed {seed}, {args.steps} steps"] = results
-        args.output.write_text(json.dumps(found, indent=2) + "\n")
+        write_json(args.output, found)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from japanese import split, train_tokenizer
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
 
 from senri_hf import MemoryCache, SenriConfig, SenriForCausalLM, pythia_layers, senri_layers
+from senri_hf.files import write_json
 
 
 ROOT = Path(__file__).parents[2]
@@ -136,7 +137,7 @@ def main() -> None:
     for seed in args.seeds:
         for name in args.models:
             found[f"{name}, seed {seed}"] = run(name, seed, text, held_out, tokenizer, args)
-            args.output.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            write_json(args.output, found)
             print(name, found[f"{name}, seed {seed}"]["perplexity"], flush=True)
 
 

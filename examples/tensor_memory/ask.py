@@ -1,13 +1,12 @@
 """Answers questions from a memory that another process left; `windows.py` runs it."""
 
-import json
-
 import torch
 from safetensors.torch import load_file
 from settings import FOLDER
 from transformers import AutoModelForCausalLM
 
 from senri_hf import MemoryCache
+from senri_hf.files import write_json
 
 
 if __name__ == "__main__":
@@ -22,4 +21,4 @@ if __name__ == "__main__":
             answers = model(questions["asked"], past_key_values=held).logits[:, :-1].argmax(-1)
             labels = questions["labels"][:, 1:]
             found[name] = (answers == labels)[labels >= 0].float().mean().item()
-    (FOLDER / "answers.json").write_text(json.dumps(found) + "\n")
+    write_json(FOLDER / "answers.json", found)

@@ -8,6 +8,8 @@ from typing import Any
 
 from settings import PAGE, RESULTS
 
+from senri_hf.files import write_text
+
 
 def table(head: list[str], rows: list[list[str]]) -> list[str]:
     """A table of markdown."""
@@ -109,4 +111,4 @@ if __name__ == "__main__":
     lines += recall(everything["recall"]) + text(everything["text"]) + order(everything["order"])
     lines += windows(everything["windows"])
     lines += speed(json.loads(RESULTS.with_name("tensor_memory_speed.json").read_text()))
-    PAGE.write_text("\n".join(lines).rstrip() + "\n")
+    write_text(PAGE, "\n".join(lines).rstrip() + "\n")

@@ -8,6 +8,8 @@ import torch
 from settings import RESULTS, WARM_UP, WEIGHT_DECAY
 from torch import Tensor
 
+from senri_hf.files import write_json
+
 
 def optimizer_and_schedule(model: torch.nn.Module, rate: float, steps: int) -> tuple[Any, Any]:
     """AdamW, and its learning rate over so many steps."""
@@ -36,7 +38,5 @@ def keep(part: str, found: dict[str, Any]) -> None:
     """Put one part of the results beside the others, and print it."""
     everything = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     everything[part] = found
-    scratch = RESULTS.with_suffix(".new")
-    scratch.write_text(json.dumps(everything, indent=1) + "\n")
-    scratch.replace(RESULTS)
+    write_json(RESULTS, everything)
     print(json.dumps({part: found}, indent=1), flush=True)

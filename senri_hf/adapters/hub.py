@@ -14,6 +14,7 @@ from huggingface_hub import HfApi
 from peft import LoraConfig, PeftModel
 
 from ..bases import KNOWN_BASES
+from ..files import write_text
 from ..memory.fingerprint import public_name
 from .config import MemoryAdapterConfig
 
@@ -64,10 +65,10 @@ def save_adapter(
         for name, config in memories.items()
     }
     for name, card in cards.items():
-        (Path(folder) / ("" if name == "default" else name) / README).write_text(card, encoding="utf-8")
+        write_text(Path(folder) / ("" if name == "default" else name) / README, card)
     if "default" not in cards:
         # PEFT put its own card there.
-        (Path(folder) / README).write_text(next(iter(cards.values())), encoding="utf-8")
+        write_text(Path(folder) / README, next(iter(cards.values())))
 
 
 def push_to_hub(

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from ..files import write_json
 from . import harness
 
 
@@ -46,7 +47,7 @@ def report(figures: dict[str, Any], out: str | None) -> int:
     """Print figures, and write them to a file where one is named."""
     print(json.dumps(figures, indent=1))
     if out is not None:
-        Path(out).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        write_json(out, figures)
     return 0
 
 

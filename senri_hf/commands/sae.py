@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..configuration.sparse_autoencoder import VARIANTS
+from ..files import write_json
 
 
 if TYPE_CHECKING:
@@ -189,7 +190,7 @@ def run_train(arguments: argparse.Namespace) -> int:
     trainer.save_model()
     found = {name: setup[name] + taken for name, taken in trainer.elapsed().items()}
     of_text = {"text": arguments.text, "piece": arguments.piece}
-    write(arguments.output / TRAINING, {**found, **of_text, "log": trainer.state.log_history})
+    write_json(arguments.output / TRAINING, {**found, **of_text, "log": trainer.state.log_history})
     print(f"{arguments.output}")
     return 0
 
@@ -209,7 +210,7 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
     found |= prediction_metrics(model, place, sae, held_out)
     found["density"] = density.tolist()
     if arguments.output:
-        write(arguments.output, found)
+        write_json(arguments.output, found)
     for name, value in found.items():
         if name != "density":
             print(f"{name:26s} {value:,.4f}" if isinstance(value, float) else f"{name:26s} {value:,}")
@@ -235,7 +236,7 @@ def run_contexts(arguments: argparse.Namespace) -> int:
         top=arguments.top,
     )
     if arguments.output:
-        write(arguments.output, shown)
+        write_json(arguments.output, shown)
     for entry in shown:
         print(f"latent {entry['latent']}, active at {100 * entry['density']:.2f}% of tokens")
         for context in entry["contexts"]:
@@ -294,11 +295,3 @@ def run_import(arguments: argparse.Namespace) -> int:
     import_saelens(arguments.source).save_pretrained(arguments.target)
     print(arguments.target)
     return 0
-
-
-def write(path: Path, found: Any) -> None:
-    """Write JSON, under another name first."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    scratch.replace(path)

@@ -1,8 +1,9 @@
 """`senri-hf train`: a run from a YAML file, alone or under `accelerate launch`."""
 
 import argparse
-import json
 from pathlib import Path
+
+from ..files import write_json
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -37,6 +38,6 @@ def run_train(arguments: argparse.Namespace) -> int:
     folder = runs.save(run, trainer)
     if trainer.args.should_save:
         history = Path(config.training.output_dir) / "training_history.json"
-        history.write_text(json.dumps(trainer.state.log_history, indent=1) + "\n", encoding="utf-8")
+        write_json(history, trainer.state.log_history)
         print(f"The model is in {folder}, and what was logged in {history}")
     return 0

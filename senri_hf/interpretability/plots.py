@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from ..files import whole
+
 
 MUTED = "0.5"
 
@@ -30,14 +32,13 @@ def figure(rows: int = 1, columns: int = 1, width: float = 6.4, height: float = 
 
 
 def save(drawing: Any, path: str | Path) -> Path:
-    """Write a figure, under another name first; its path."""
+    """Write a figure; its path."""
     path = Path(path)
     if path.suffix != ".png":
         raise ValueError(f"{path} was given, but figures are written as .png")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.tmp")
-    drawing.savefig(scratch, format="png", dpi=130)
-    return scratch.replace(path)
+    with whole(path) as scratch:
+        drawing.savefig(scratch, format="png", dpi=130)
+    return path
 
 
 def training_curves(

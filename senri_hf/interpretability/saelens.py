@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..configuration.sparse_autoencoder import SparseAutoencoderConfig
+from ..files import whole, write_json
 from .sparse_autoencoder import SparseAutoencoder
 
 
@@ -62,12 +63,9 @@ def export_saelens(sae: SparseAutoencoder, folder: str | Path) -> Path:
     }
     if architecture == "topk":
         config |= {"k": sae.config.k, "rescale_acts_by_decoder_norm": False}
-    scratch = folder / f".{WEIGHTS_FILE}.tmp"
-    save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, scratch)
-    scratch.replace(folder / WEIGHTS_FILE)
-    scratch = folder / f".{CONFIG_FILE}.tmp"
-    scratch.write_text(json.dumps(config, indent=1) + "\n")
-    scratch.replace(folder / CONFIG_FILE)
+    with whole(folder / WEIGHTS_FILE) as scratch:
+        save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, scratch)
+    write_json(folder / CONFIG_FILE, config)
     return folder
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..files import write_json
 from .activations import ActivationStream
 from .sparse_autoencoder import SparseAutoencoder, SparseAutoencoderOutput
 
@@ -144,9 +145,7 @@ class SparseAutoencoderTrainer(Trainer):
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         super()._save_checkpoint(*args, **kwargs)
         folder = Path(self._get_output_dir(trial=None)) / f"checkpoint-{self.state.global_step}"
-        scratch = folder / f".{STREAM_FILE}.tmp"
-        scratch.write_text(json.dumps({**self.stream.state(), "elapsed": self.elapsed()}))
-        scratch.replace(folder / STREAM_FILE)
+        write_json(folder / STREAM_FILE, {**self.stream.state(), "elapsed": self.elapsed()})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

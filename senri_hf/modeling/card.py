@@ -11,6 +11,7 @@ from huggingface_hub import HfApi
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..files import write_text
 from ..memory import CompressiveLayer, HeadGroupsLayer
 from ..memory.fingerprint import public_name
 from ..memory.owner import owners
@@ -36,7 +37,7 @@ class ModelWithCard(PreTrainedModel):
         super().save_pretrained(save_directory, *args, **kwargs)
         place = Path(save_directory) / README
         if kwargs.get("is_main_process", True) and (card is not None or not place.exists()):
-            place.write_text(model_card(self, **(card or {})), encoding="utf-8")
+            write_text(place, model_card(self, **(card or {})))
         if uploads:
             self.push_to_hub(repo_id, token=kwargs.get("token"), card=card, **hub)
 

@@ -27,13 +27,13 @@ SPLITS = ("train", "validation")
 RELATION_SPLITS = ("train", "held_out")
 NAME_RELATION = "name"
 # How many facts an episode of the training mixture tells, each as likely.
-FACTS_TOLD = (1, 1, 2, 3, 4, 5, 7, 10)
+FACTS_TOLD = (1, 2, 3, 4, 4, 5, 7, 10)
 # How many distractor conversations it puts between them, in four episodes of ten.
 DISTRACTORS_BETWEEN = (1, 2, 3, 8)
 # How often it asks in a way that does not say in which words to reply.
-OBLIQUE_SHARE = 0.4
+OBLIQUE_SHARE = 0.5
 # Values of the training mixture that are made up, for every value that is not; these categories have none.
-INVENTED_SHARE = 0.6
+INVENTED_SHARE = 1.5
 CLOSED_CATEGORIES = ("job", "month", "number", "weekday")  # "a baker", "an actor": the article would not fit
 
 _SENTENCE_START = re.compile(r"(?:^|[.!?]\s+)\{v\}")
@@ -129,6 +129,12 @@ def distractor_conversations(split: str = "train") -> list[Conversation]:
     """One-exchange conversations about general things, which hold no fact about the user."""
     _check_choice("split", split, SPLITS)
     return [_exchange(entry["user"], entry["assistant"]) for entry in load_data()["distractors"][split]]
+
+
+def general_conversations(split: str = "train") -> list[Conversation]:
+    """Short questions and remarks that have nothing to do with the user, each with an ordinary reply."""
+    _check_choice("split", split, SPLITS)
+    return [_exchange(entry["user"], entry["assistant"]) for entry in load_data()["general"][split]]
 
 
 def fill(template: str, value: str) -> str:
@@ -288,7 +294,8 @@ def _build(
         relation, answer = told[index], current[index]
         phrasings, replies = relation["questions"][split], relation["answers"]
         if oblique_share and rng.random() < oblique_share:
-            phrasings, replies = relation["oblique"], [load_data()["oblique_answer"]]
+            frames = [frame.format(about=relation["about"]) for frame in load_data()["frames"]]
+            phrasings, replies = [*relation["oblique"], *frames], [load_data()["oblique_answer"]]
         asking.append(
             Question(
                 messages=[{"role": "user", "content": rng.choice(phrasings)}],
@@ -359,11 +366,12 @@ def training_mixture(seed: int = 0, tellings: int | None = None) -> Iterator[Epi
 
     One to ten facts, few oftener than many, sometimes several in a conversation; three in ten with a correction, four
     in ten with one to eight distractors, about a third with the user's name among the facts; two questions, where
-    there are two facts.  Four in ten questions are oblique: they do not hold the words of a reply
-    ("What keeps me awake with the light on?"), so the reply does not take them up ("You told me: Emma.").
+    there are two facts.  Half the questions are oblique: they do not hold the words of a reply ("What keeps me awake
+    with the light on?"), or hold them in a frame that any relation may have ("Look up my job for me."), so the reply
+    does not take them up ("You told me: Emma.").
 
-    With ``tellings`` every relation has at most that many values (the user's name eight times as many), and for ten of
-    them six that are made up and can only be copied; a value is always told in the same words: conversations come
+    With ``tellings`` every relation has at most that many values (the user's name eight times as many), and for two of
+    them three that are made up and can only be copied; a value is always told in the same words: conversations come
     again in other company, and need not be read again to train.
     """
     if tellings is not None:

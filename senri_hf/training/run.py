@@ -19,6 +19,7 @@ from ..bases import KNOWN_BASES, converted_folder, load_base
 from ..configuration import BankConfig
 from ..configuration.memory_transformer import MemoryTransformerConfig
 from ..configuration.run import ARCHITECTURE, RunConfig
+from ..files import write_text
 from .arguments import MemoryTrainingArguments
 from .data import RowCollator, encode_chats, load_rows, pack_texts
 from .language_model import LanguageModelTrainer, load_base_parameters
@@ -416,8 +417,5 @@ def save(run: Run, trainer: LanguageModelTrainer) -> Path:
 
 
 def write_effective(config: RunConfig, folder: Path) -> None:
-    """Write the settings that are in force into a folder, under a temporary name first."""
-    folder.mkdir(parents=True, exist_ok=True)
-    scratch = folder / f".{EFFECTIVE}"
-    scratch.write_text(config.effective(), encoding="utf-8")
-    scratch.replace(folder / EFFECTIVE)
+    """Write the settings that are in force into a folder."""
+    write_text(folder / EFFECTIVE, config.effective())

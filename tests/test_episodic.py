@@ -197,6 +197,32 @@ def test_a_read_is_what_the_formulas_say(kind: str, store_slots: int, seed: int)
         assert_close(*(torch.zeros(shape) if g is None else g for g in (a, b)), f"gradient of {name}", 1e-3)
 
 
+def of_ages(state: EpisodicState, seed: int, most: int) -> EpisodicState:
+    """The same slots, written in conversations up to `most` ago."""
+    generator = torch.Generator().manual_seed(seed)
+    ages = {name: torch.randint(0, most, getattr(state, name).shape, generator=generator)
+            for name in ("buffer_age", "store_age")}  # fmt: skip
+    return replace(state, **ages)
+
+
+@given(seed=st.integers(0, 10_000))
+def test_conversations_are_told_apart_however_long_ago_they_were(seed: int) -> None:
+    config = settings_of(store_slots=60, buffer_slots=30)
+    reader, generator = reader_of(config, next(iter(READERS))), torch.Generator().manual_seed(seed)
+    held = torch.randn(2, 90, 8, generator=generator)
+    state = replace(blank(config, 2, 8), buffer=held[:, :30], store=held[:, 30:], strength=torch.ones(2, 30))
+    state = replace(state, tag=torch.arange(60).expand(2, -1), buffer_tag=torch.arange(30).expand(2, -1))
+    asked = vectors(2, 2, generator, 8)
+    far = of_ages(state, seed, 1000)  # more conversations than are told apart: the oldest are taken together
+    for memory in (far, of_ages(state, seed, 40)):
+        fast, plain = read(reader, asked, memory), episodic_reference.read(reader, asked, memory)
+        assert_close(fast.added, plain.added, "read")
+    reader.age_scale.data.zero_()  # then only what order they came in counts
+    near = of_ages(state, seed, 40)
+    older = replace(near, buffer_age=near.buffer_age + 500, store_age=near.store_age + 500)
+    assert_close(read(reader, asked, near).added, read(reader, asked, older).added, "read")
+
+
 # What the mechanism promises.
 
 

@@ -22,7 +22,8 @@ ABSENT = -1e4
 # Logarithm of the largest and, negative, of the smallest weight that a token can have in a topic.
 TOPIC_WEIGHT = 15.0
 
-# Conversations that are told apart when memory is read; older ones are taken together.
+# Conversations, of those that memory holds something of, that are told apart when it is read, the newest first; older
+# ones are taken together.
 CONVERSATIONS = 64
 
 
@@ -62,7 +63,7 @@ class AttentionWeights:
 class MemoryView:
     """A memory as a reader sees it: keys and values of its slots and, last, of the null slot.
 
-    H heads, G key/value heads of size d, S = N + M + 1 slots, P topics, C conversations by age.
+    H heads, G key/value heads of size d, S = N + M + 1 slots, P topics, C conversations that it holds, newest first.
     """
 
     keys: Tensor  # [B, G, S, d]
@@ -71,6 +72,7 @@ class MemoryView:
     conversation: Tensor  # [B, C, S] 1 where a slot was written in a conversation
     topics: Tensor  # [B, P, C, t] of unit length, what was talked about in a conversation
     recency: Tensor  # [B, H, 1, C] added to scores of conversations
+    ages: Tensor  # [B, C] how many conversations ago, -1 where there is no such conversation
     stored: int  # M
 
 
@@ -82,7 +84,8 @@ class Reading:
         added: [B, T, D], to be added to the residual stream.
         access: [B, T, M] the attention mass that every store slot received, a mean over heads.
         conversation_scores: [B, H, T, C] the part of a slot's score that is its conversation's, the logarithm of a
-            share, minus infinity where memory holds nothing of that conversation; None except in training.
+            share, by age to `CONVERSATIONS` ago; minus infinity where memory holds nothing of that conversation; None
+            except in training.
     """
 
     added: Tensor
@@ -160,12 +163,12 @@ class EpisodicReader(nn.Module):
             keys = self.k_norm(keys)
         null = self.null_key.to(keys.dtype)[None, :, None].expand(keys.shape[0], -1, -1, -1)
         values = split_heads(self.v_proj(slots), self.num_key_value_heads)
-        age = torch.cat([memory.buffer_age, memory.store_age], dim=1).clamp_max(CONVERSATIONS - 1)
         live = torch.cat([memory.live_buffer(self.config), memory.live_store()], dim=1)
+        place, ages = by_conversation(torch.cat([memory.buffer_age, memory.store_age], dim=1), live)
         decayed = self.strength_scale[:, None] * memory.strength.clamp_min(1e-9).log()[:, None]
         bias = nn.functional.pad(decayed, (0, memory.store.shape[1])).masked_fill(~live[:, None], -torch.inf)
         bias = torch.cat([bias, self.null_score[:, None].expand(bias.shape[0], -1, -1)], dim=2)
-        conversation = age[:, None] == torch.arange(CONVERSATIONS, device=age.device)[:, None]
+        conversation = place[:, None] == torch.arange(CONVERSATIONS, device=place.device)[:, None]
         conversation = conversation & live[:, None]
         told = conversation.to(torch.float32) @ self.topic_parts(held, self.told_weight)
         return MemoryView(
@@ -174,7 +177,8 @@ class EpisodicReader(nn.Module):
             bias=bias[:, :, None].float(),
             conversation=nn.functional.pad(conversation.to(torch.float32), (0, 1)),
             topics=self.topics(told),
-            recency=self.recency(conversation.any(-1)),
+            recency=self.recency(ages),
+            ages=ages,
             stored=memory.store.shape[1],
         )
 
@@ -188,17 +192,17 @@ class EpisodicReader(nn.Module):
         """The topics [B, P, N, t], of unit length, of summed parts [B, N, P t]; zero where nothing was summed."""
         return nn.functional.normalize(parts.unflatten(-1, (self.config.num_topics, -1)), dim=-1).transpose(1, 2)
 
-    def recency(self, held: Tensor) -> Tensor:
-        """What is added to scores of conversations by age, [B, H, 1, C], given which of them are held, [B, C]."""
-        age = torch.log1p(torch.arange(held.shape[1], device=held.device))
-        return (-self.age_scale[:, None] * age).float().masked_fill(~held[:, None], ABSENT)[:, :, None]
+    def recency(self, ages: Tensor) -> Tensor:
+        """What is added to scores of conversations of these ages [B, C], -1 where there is none: [B, H, 1, C]."""
+        age = torch.log1p(ages.clamp_min(0).float())[:, None]
+        return (-self.age_scale[:, None] * age).float().masked_fill((ages < 0)[:, None], ABSENT)[:, :, None]
 
     def asked_parts(self, encoded: Tensor, real: Tensor) -> Tensor:
         """What tokens [B, T, D] add to the open conversation's topics, nothing where they are padding."""
         return self.topic_parts(encoded, self.asked_weight) * real[..., None]
 
     def score_conversations(self, asked: Tensor, topics: Tensor, recency: Tensor) -> Tensor:
-        """The logarithm of every conversation's share for every token, [B, H, T, C] by age.
+        """The logarithm of every conversation's share for every token, [B, H, T, C].
 
         Args:
             asked: As `forward` takes it. topics, recency: As a `MemoryView` has them.
@@ -231,7 +235,7 @@ class EpisodicReader(nn.Module):
         added = self.o_proj(read.reshape(batch, length, -1))
         if not self.training:
             return Reading(added, access, None)
-        return Reading(added, access, conversations.masked_fill(view.recency == ABSENT, -torch.inf))
+        return Reading(added, access, by_age(conversations, view.ages))
 
     def view_of(self, layer: EpisodicLayer) -> MemoryView | None:
         """The committed memory of a cache layer, None for a blank one.
@@ -260,6 +264,35 @@ class EpisodicReader(nn.Module):
         """
         assert self.predictor is not None
         return (self.predictor(previous.to(self.gate.dtype)) - encoded).float().square().mean(-1).sqrt()
+
+
+def by_conversation(age: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
+    """Which of the conversations that memory holds something of each slot was written in, the newest being 0.
+
+    Not by age: conversations of which nothing is held, and cycles without any, take up no place.
+
+    Args:
+        age: [B, S] of slots. live: [B, S] which of them are held.
+
+    Returns:
+        The place [B, S] of slots, below `CONVERSATIONS`, of no meaning for those that are not live; and the age
+        [B, CONVERSATIONS] of every place, that of the youngest where older ones are taken together, -1 for empty ones.
+    """
+    never = torch.iinfo(age.dtype).max
+    ordered, slots = age.masked_fill(~live, never).sort(dim=1)
+    later = nn.functional.pad((ordered[:, 1:] != ordered[:, :-1]).long(), (1, 0))
+    places = later.cumsum(1).clamp_max(CONVERSATIONS - 1)
+    ages = age.new_full((age.shape[0], CONVERSATIONS), never).scatter_reduce(1, places, ordered, "amin")
+    return torch.empty_like(places).scatter(1, slots, places), ages.masked_fill(ages == never, -1)
+
+
+def by_age(scores: Tensor, ages: Tensor) -> Tensor:
+    """Scores [B, H, T, C] of conversations of ages [B, C], by age: minus infinity for those that there are not."""
+    count = scores.shape[-1]
+    known = (ages >= 0) & (ages < count)
+    place = ages.masked_fill(~known, count)[:, None, None].expand_as(scores)
+    spread = scores.new_full((*scores.shape[:-1], count + 1), -torch.inf)
+    return spread.scatter(-1, place, scores)[..., :count]
 
 
 class LowRankLinear(nn.Module):

@@ -170,7 +170,8 @@ def read(reader: EpisodicReader, encoded: Tensor, memory: EpisodicState) -> Read
         buffered, stored = memory.buffer.shape[1], memory.store.shape[1]
         live = memory.live_buffer(reader.config)[row].tolist() + memory.live_store()[row].tolist()
         ages = memory.buffer_age[row].tolist() + memory.store_age[row].tolist()
-        ages = [min(age, CONVERSATIONS - 1) for age in ages]
+        oldest = sorted({age for age, held in zip(ages, live, strict=True) if held})[:CONVERSATIONS][-1:]
+        ages = [min([age, *oldest]) for age in ages]  # those before it are taken with it
         slots = reader.norm(torch.cat([memory.buffer[row], memory.store[row]]))
         keys, values = (
             project(slots).unflatten(-1, (reader.num_key_value_heads, -1)) for project in (reader.k_proj, reader.v_proj)

@@ -80,11 +80,12 @@ def topic_loss(told: ToldStates, conversations: list[dict[str, Any]]) -> tuple[T
             columns = learned_columns(conversation["labels"] != IGNORED)
             labelled = conversation["labels"][:, columns + 1] != IGNORED
             present = torch.stack([torch.zeros_like(held[0]), *reversed(held)], dim=1)  # by age, of which none is 0
+            ages = torch.arange(present.shape[1], device=present.device).where(present, -1)
             scores = []
             for block, past in parts.items():
                 topics = block.topics(torch.stack([torch.zeros_like(past[0]), *reversed(past)], dim=1))
                 asked = block.asked_parts(encoded[block], real).cumsum(1)[:, columns]
-                shares = block.score_conversations(asked, topics, block.recency(present))
+                shares = block.score_conversations(asked, topics, block.recency(ages))
                 scores.append(shares.masked_fill(~present[:, None, None], -torch.inf))
             losses += [retrieval_loss(layer, labelled, conversation["told_ago"]) for layer in scores]
             share = torch.stack([layer.exp().mean(1) for layer in scores]).mean(0)  # [B, T, C]
@@ -110,7 +111,7 @@ def retrieval_loss(scores: Tensor, labelled: Tensor, told_ago: Tensor) -> Tensor
     """
     rows = torch.arange(scores.shape[0], device=scores.device)
     age = told_ago.clamp_max(scores.shape[-1] - 1)
-    known = (told_ago > 0) & scores[rows, 0, 0, age].isfinite() & labelled.any(1)
+    known = (told_ago > 0) & (age == told_ago) & scores[rows, 0, 0, age].isfinite() & labelled.any(1)
     if not bool(known.any()):
         return scores.new_zeros(())
     scores, labelled, age = scores[known].float(), labelled[known], age[known]

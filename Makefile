@@ -53,7 +53,7 @@ demo: weights
 
 # Three stretches: a small memory that is quick to write, then a larger one that holds more conversations, twice.
 SMOLLM2_TRAINING := $(TRAIN) --model smollm2-135m-instruct --memory-layers 11,14,17,20,23,26 --rank 32 \
-  --gate-lr-multiplier 10 --keep-every 4 --prose-every 4 --batch-size 8 --grad-accum 1 --epochs 1 --num-val 24 \
+  --gate-lr-multiplier 10 --warmup-steps 10 --keep-every 4 --prose-every 4 --batch-size 8 --grad-accum 1 --epochs 1 --num-val 24 \
   --resume-if-begun
 # The larger one, and how it is trained.
 FURTHER := --lr 1e-3 --topic-steps 20 --buffer-slots 64 --store-slots 448 --z-score-threshold 0.25 --save-every 20
@@ -69,7 +69,7 @@ train-demo: weights
 
 train-gemma: weights gemma
 	HF_HUB_OFFLINE=1 $(TRAIN) --model gemma-3-270m --memory-layers 5,7,9,11,13,15 --rank 32 --lr 2e-3 \
-	  --gate-lr-multiplier 10 --topic-steps 40 --keep-every 8 --prose-every 8 --batch-size 8 --grad-accum 1 \
+	  --gate-lr-multiplier 10 --warmup-steps 10 --topic-steps 40 --keep-every 8 --prose-every 8 --batch-size 8 --grad-accum 1 \
 	  --num-train 1280 --num-val 24 --epochs 1 --eval-every 1000 --save-every 20 \
 	  --license gemma --checkpoint-dir checkpoints/gemma-3-270m --resume-if-begun
 

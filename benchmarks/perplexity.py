@@ -8,6 +8,7 @@ python benchmarks/perplexity.py --model smollm2-135m-instruct --adapter FOLDER
 import argparse
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,11 @@ def filled(model, tokenizer) -> tuple["senri_hf.MemoryCache", list[str]]:
     raise ValueError(f"after {len(told)} facts a layer's store still has room: {used}; raise MOST_TOLD")
 
 
+def said(value: str, reply: str) -> bool:
+    """Whether a reply has a value as whole words, in any case."""
+    return re.search(rf"(?<!\w){re.escape(value)}(?!\w)", reply, re.IGNORECASE) is not None
+
+
 def general(model, tokenizer, memory: "senri_hf.MemoryCache", told: list[str]) -> dict[str, Any]:
     """How replies to questions that are not about the user differ from those of the model without memory."""
     asked = [conversation[:1] for conversation in general_conversations("validation")]
@@ -60,7 +66,7 @@ def general(model, tokenizer, memory: "senri_hf.MemoryCache", told: list[str]) -
         "share that begin with the same word": sum(a.split()[:1] == b.split()[:1] for a, b in pairs) / len(pairs),
         "share that are the same": sum(a == b for a, b in pairs) / len(pairs),
         "share that newly name a remembered value": sum(
-            any(v.casefold() in b.casefold() and v.casefold() not in a.casefold() for v in told) for a, b in pairs
+            any(said(value, b) and not said(value, a) for value in told) for a, b in pairs
         )
         / len(pairs),
         "replies": [[q[0]["content"], a, b] for q, (a, b) in zip(asked, pairs, strict=True) if a != b],
@@ -69,12 +75,14 @@ def general(model, tokenizer, memory: "senri_hf.MemoryCache", told: list[str]) -
 
 def measure(model_name: str, adapter: str, dtype: str) -> dict[str, Any]:
     model, tokenizer = load(model_name, adapter, dtype)
+    base, _ = load(model_name, None, dtype)
     full, told = filled(model, tokenizer)
-    conditions = {"base model": None, "empty memory": senri_hf.MemoryCache.for_model(model), FULL: full}
-    losses: dict[str, list[torch.Tensor]] = {name: [] for name in [*conditions, "adapter disabled"]}
+    conditions = {"empty memory": senri_hf.MemoryCache.for_model(model), FULL: full}
+    losses: dict[str, list[torch.Tensor]] = {name: [] for name in ["base model", *conditions, "adapter disabled"]}
     texts = [text for source in SOURCES for text in ordinary_text(source)[:PARAGRAPHS]]
     for text in tqdm(texts, desc="perplexity"):
         ids = tokenizer(text, return_tensors="pt").input_ids[:, :TOKENS]
+        losses["base model"].append(token_losses(base, ids, None))
         for name, memory in conditions.items():
             losses[name].append(token_losses(model, ids, memory))
         with model.disable_adapter():

@@ -9,6 +9,7 @@ already is read from `--output`, so an interrupted run goes on where it stopped.
 """
 
 import argparse
+import hashlib
 import json
 import subprocess
 import sys
@@ -21,11 +22,13 @@ import torch
 from adapter_digest import adapter_digest
 from peft import PeftModel
 from tqdm import tqdm
+from transformers import DynamicCache
 
 import senri_hf
 from senri_hf.files import write_json
 from senri_hf.tasks import Episode, recall_episodes, score_reply
 from senri_hf.training import ask, tell
+from senri_hf.training.evaluation import answer, asked, read
 
 
 SUITES: dict[str, dict[str, Any]] = {
@@ -43,6 +46,12 @@ ROWS = 25
 
 def episodes_of(suite: str) -> list[Episode]:
     return recall_episodes(split="validation", seed=20, **SUITES[suite])
+
+
+def digest_of(suite: str, dtype: str) -> str:
+    """What a figure is of: the first 12 digits of the SHA-256 of a suite's episodes, and the model's dtype."""
+    text = json.dumps([[episode.conversations, episode.questions[0].wrong] for episode in episodes_of(suite)])
+    return hashlib.sha256(f"{dtype} {text}".encode()).hexdigest()[:12]
 
 
 def batches(items: list[Any]) -> list[list[Any]]:
@@ -104,27 +113,32 @@ def with_memory(suite: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def without_memory(suite: str, method: str, model: Any, tokenizer: Any) -> dict[str, Any]:
-    """The base model alone, with nothing, with the conversations before the question, or with their text in it."""
+    """The base model alone, with nothing, with the conversations in its cache, or with their text in the question.
+
+    Seconds are those of an answer: what is kept in the context was read before, as what is remembered was.
+    """
     episodes = episodes_of(suite)
-    config = model.config
-    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * model.dtype.itemsize
-    replies, tokens, start = [], 0, time.perf_counter()
+    replies, seconds, size = [], 0.0, 0.0
     for batch in tqdm(batches(episodes), desc=method, leave=False):
-        conversations = []
-        for episode in batch:
-            question = episode.questions[0].messages
-            if method == "kept in context":
-                question = [message for told in episode.told for message in told] + question
-            if method == "text prepended":
-                text = "\n".join(f"{m['role']}: {m['content']}" for told in episode.told for m in told)
-                content = f"Here is what we talked about before:\n{text}\n\n{question[-1]['content']}"
-                question = [{"role": "user", "content": content}]
-            conversations.append([{"role": m["role"], "content": m["content"]} for m in question])
-            tokens += len(tokenizer.apply_chat_template(conversations[-1], add_generation_prompt=True)["input_ids"])
-        replies += ask(model, tokenizer, conversations)
-    seconds = (time.perf_counter() - start) / len(episodes)
-    kept = 0 if method == "no memory" else tokens / len(episodes) * per_token
-    return score(episodes, replies) | {"bytes": kept, "seconds": seconds}
+        questions = [[{"role": "user", "content": e.questions[0].messages[-1]["content"]}] for e in batch]
+        told = [[{"role": m["role"], "content": m["content"]} for c in e.told for m in c] for e in batch]
+        cache = DynamicCache(config=model.config)
+        if method == "text prepended":
+            texts = ["\n".join(f"{m['role']}: {m['content']}" for m in messages) for messages in told]
+            size += sum(len(text.encode()) for text in texts)
+            for (question,), text in zip(questions, texts, strict=True):
+                question["content"] = f"Here is what we talked about before:\n{text}\n\n{question['content']}"
+        if method == "kept in context":
+            questions = [before + question for before, question in zip(told, questions, strict=True)]
+            inputs = asked(model, tokenizer, questions)
+            lengths = [len(tokenizer.apply_chat_template(before)["input_ids"]) for before in told]
+            longest = int((inputs["attention_mask"].sum(1) - torch.tensor(lengths)).max())
+            read(model, inputs, cache, inputs["input_ids"].shape[1] - longest)
+            size += sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+        start = time.perf_counter()
+        replies += answer(model, tokenizer, asked(model, tokenizer, questions), cache)
+        seconds += time.perf_counter() - start
+    return score(episodes, replies) | {"bytes": size / len(episodes), "seconds": seconds / len(episodes)}
 
 
 def main() -> None:
@@ -154,13 +168,14 @@ def main() -> None:
     suites = [args.suite] if args.suite else list(SUITES)
     for suite in tqdm(suites, desc=args.model):
         for method in args.methods:
-            if done.setdefault(suite, {}).get(method, {}).get("episodes") == SUITES[suite]["num_episodes"]:
+            if done.setdefault(suite, {}).get(method, {}).get("of") == digest_of(suite, args.dtype):
                 continue
             if method == "memory":
                 done[suite][method] = with_memory(suite, args)
             else:
                 base = base or load(args.model, None, args.dtype)
                 done[suite][method] = without_memory(suite, method, *base)
+            done[suite][method]["of"] = digest_of(suite, args.dtype)
             write_json(args.output, results)
             print(f"{suite:36s} {method:16s} {done[suite][method]['exact']:.3f}")
     return None

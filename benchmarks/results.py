@@ -190,8 +190,9 @@ def write(path: Path) -> None:
         "",
         "Recall is scored on what `generate()` says: the value told has to be in the reply, and no other value of the",
         "episode. Values, phrasings and (where it says so) relations were never seen in training. Told in one process,",
-        "saved to a file, asked in another. Beside each share stand the bytes that are kept per person and the time of",
-        "an answer, in a batch of 25.",
+        "saved to a file, asked in another. Beside each share stand the bytes that are kept per person (of the memory,",
+        "of the keys and values of a context, of a text) and the time of an answer, in a batch of 25; what was told",
+        "before is read outside that time, but for a text, which is read with every question.",
     ]
     for model in MODELS:
         sections = {name: stored(name, model) for name in BENCHMARKS}

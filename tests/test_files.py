@@ -16,6 +16,14 @@ def test_json_is_read_back_and_nothing_else_is_left(tmp_path: Path) -> None:
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
+def test_two_that_write_the_same_file_do_not_mix(tmp_path: Path) -> None:
+    path = tmp_path / "page.md"
+    with whole(path) as first, whole(path) as second:
+        second.write_text("second")
+        first.write_text("first")
+    assert path.read_text() == "first" and [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
 def test_a_write_that_fails_leaves_the_file_before_it_and_no_other(tmp_path: Path) -> None:
     path = tmp_path / "page.md"
     write_text(path, "before")

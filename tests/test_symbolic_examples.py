@@ -71,6 +71,18 @@ def test_no_context_is_tested_that_training_has(load: Load) -> None:
         assert set(nearest) == {wrong}
 
 
+def test_no_activation_counts_as_unseen_that_is_of_something_trained_on(load: Load) -> None:
+    load("cyclic_sequence/train_cyclic.py")
+    train = load("cyclic_sequence/train_sae.py")
+    task, settings = train.CyclicSequence(), {"block": 10, "held_out": 0.2}
+    known = train.beginnings(train.rows_of(task, settings, "both"))
+    judged = train.judged_contexts(task, settings, "both")
+    unseen = judged["unseen"]
+    counted = [tuple(unseen.rows[row][: place + 1]) for row, place in unseen.new.nonzero().tolist()]
+    assert len(counted) == len(set(counted)) > 1000 and not known & set(counted)
+    assert judged["windows"].new.sum() == len(train.beginnings(task.windows(10)))
+
+
 class Says:
     """Goes on with given symbols."""
 

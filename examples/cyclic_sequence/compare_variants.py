@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from train_cyclic import write_results
-from train_sae import add_training, batches, rows_of, task_of, trained, unseen_rows
+from train_sae import add_training, judged_contexts, rows_of, task_of, trained
 from transformers import AutoModelForCausalLM, set_seed
 
 from senri_hf.configuration.sparse_autoencoder import VARIANTS
-from senri_hf.interpretability import module_activations, plots, reconstruction_metrics
+from senri_hf.interpretability import plots, reconstruction_metrics
 
 
 COUNTS = ("topk", "batchtopk")  # variants that are told how many latents are active; others have a penalty
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model = AutoModelForCausalLM.from_pretrained(args.model).eval()
     task, settings = task_of(args.model)
     rows, module = rows_of(task, settings, args.contexts), f"model.layers.{args.layer}"
-    sorts = {"unseen": unseen_rows(task, settings), "windows": task.windows(settings["block"])}
+    sorts = judged_contexts(task, settings, args.contexts)
     found: dict[str, list[dict[str, Any]]] = {}
     for variant in args.variants:
         name = "k" if variant in COUNTS else "sparsity_coefficient"
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sae, _ = trained(model, module, rows, args, **config)
             entry: dict[str, Any] = {name: value}
             for sort, of_sort in sorts.items():
-                measured = reconstruction_metrics(sae, module_activations(model, module, batches(of_sort)))
+                measured = reconstruction_metrics(sae, [of_sort.activations(model, module)])
                 entry[sort] = {key: measured[key] for key in ("l0", "explained_variance", "dead")}
             found.setdefault(variant, []).append(entry)
             print(variant, entry, flush=True)

@@ -5,6 +5,8 @@
 It is trained on the activations of all windows of the sequence, and of about as many contexts with wrong symbols;
 with `--contexts windows` on those of the windows alone. It is measured on contexts with wrong symbols that neither the
 transformer nor the autoencoder ever saw, and on the windows, of which there are no others than those trained on.
+Activations at a symbol are of what comes before it, too: of a context that is new as a whole, only those count from
+which on nothing that was trained on begins with the same symbols.
 
 Writes the autoencoder, `results.json` and figures into `--output`.
 """
@@ -62,20 +64,51 @@ def unseen_rows(task: CyclicSequence, settings: dict[str, Any]) -> list[list[int
     return [context for wrong in TRAINED_WRONG for context in testing[wrong]]
 
 
-def extent(model: Any, module: str, rows: list[list[int]]) -> dict[str, int]:
-    """How many different activations contexts give, and how many principal components hold `EXPLAINED` of them."""
-    x = torch.cat(list(module_activations(model, module, batches(rows)))).double()
-    variances = torch.linalg.svdvals(x - x.mean(0)).square()
-    held = variances.cumsum(0) / variances.sum()
-    different = {tuple(row[:end]) for row in rows for end in range(1, len(row) + 1)}
-    return {"different": len(different), "components": int((held < EXPLAINED).sum()) + 1}
+def beginnings(rows: list[list[int]]) -> set[tuple[int, ...]]:
+    """All that contexts begin with."""
+    return {tuple(row[:end]) for row in rows for end in range(1, len(row) + 1)}
 
 
-def measure(model: Any, module: str, sae: Any, rows: list[list[int]]) -> dict[str, Any]:
-    found = reconstruction_metrics(sae, module_activations(model, module, batches(rows)))
-    found |= prediction_metrics(model, module, sae, batches(rows))
-    found["density"] = found["density"].tolist()
-    return found
+class Judged:
+    """Contexts and the symbols in them whose activations are measured.
+
+    Args:
+        rows: Contexts.
+        known: What they may begin with that does not count; each other beginning counts once.
+    """
+
+    def __init__(self, rows: list[list[int]], known: set[tuple[int, ...]] = frozenset()) -> None:
+        seen, self.rows, self.new = set(known), rows, torch.zeros(len(rows), len(rows[0]), dtype=torch.bool)
+        for index, row in enumerate(rows):
+            for end in range(1, len(row) + 1):
+                self.new[index, end - 1] = tuple(row[:end]) not in seen
+            seen |= beginnings([row])
+
+    def activations(self, model: Any, module: str) -> torch.Tensor:
+        """[n, d_in] of the symbols that count."""
+        return torch.cat(list(module_activations(model, module, batches(self.rows))))[self.new.flatten()]
+
+    def extent(self, model: Any, module: str) -> dict[str, int]:
+        """How many activations count, and how many principal components hold `EXPLAINED` of their variance."""
+        x = self.activations(model, module).double()
+        variances = torch.linalg.svdvals(x - x.mean(0)).square()
+        held = variances.cumsum(0) / variances.sum()
+        return {"different": len(x), "components": int((held < EXPLAINED).sum()) + 1}
+
+    def measure(self, model: Any, module: str, sae: Any) -> dict[str, Any]:
+        """What is explained of them, and of what the model predicts after them."""
+        places = iter(self.new.split(ROWS))
+        found = reconstruction_metrics(sae, [self.activations(model, module)])
+        found |= prediction_metrics(model, module, sae, batches(self.rows), positions=lambda _: next(places))
+        found["density"] = found["density"].tolist()
+        return found
+
+
+def judged_contexts(task: CyclicSequence, settings: dict[str, Any], sort: str) -> dict[str, Judged]:
+    """What an autoencoder is measured on that was trained on a sort of contexts."""
+    windows = task.windows(settings["block"])
+    known = beginnings(rows_of(task, settings, sort)) | beginnings(rows_of(task, settings, SORTS[0]))
+    return {"unseen": Judged(unseen_rows(task, settings), known), "windows": Judged(windows)}
 
 
 def add_training(parser: argparse.ArgumentParser, steps: int) -> None:
@@ -135,7 +168,7 @@ def trained(
         stream,
     )
     trainer.train()
-    return sae.eval(), trainer.state.log_history
+    return sae.eval().cpu(), trainer.state.log_history
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -156,7 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model = AutoModelForCausalLM.from_pretrained(args.model).eval()
     task, settings = task_of(args.model)
     block, module = settings["block"], f"model.layers.{args.layer}"
-    sorts = {"unseen": unseen_rows(task, settings), "windows": task.windows(block)}
+    sorts = judged_contexts(task, settings, args.contexts)
     sae, log = trained(
         model,
         module,
@@ -169,10 +202,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     sae.save_pretrained(args.output)
 
-    result: dict[str, Any] = {name: measure(model, module, sae, rows) for name, rows in sorts.items()}
+    result: dict[str, Any] = {name: judged.measure(model, module, sae) for name, judged in sorts.items()}
     active = torch.tensor([entry["density"] for entry in result.values()]).amax(0) > 0
     result |= {"latents": len(active), "dead": float((~active).double().mean()), "width": model.config.hidden_size}
-    result["extent"] = {name: extent(model, module, rows) for name, rows in sorts.items()}
+    result["extent"] = {name: judged.extent(model, module) for name, judged in sorts.items()}
     write_results(args, result)
 
     logged = [entry for entry in log if "l0" in entry]

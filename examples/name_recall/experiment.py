@@ -1,6 +1,7 @@
 """The episodic memory by itself, without a language model: a name is repeated, decays, and is corrected.
 
-Tokens are embedded by hashing their letter triples, so that equal words are equal and similar words are similar.
+Tokens are embedded by hashing their letter triples, so that equal words are equal and similar words are similar. There
+is no model to predict them: a word surprises by how little it is like those before it in the sentence and in memory.
 
     python examples/name_recall/experiment.py --reinforcement-turns 5 --decay-cycles 10
 """
@@ -73,15 +74,26 @@ class Experiment:
         self.phases: list[dict] = []
 
     def say(self, phase: str, text: str, names: list[str]) -> None:
-        """Write a conversation of one sentence, in which names surprise more than other words."""
+        """Write a conversation of one sentence."""
         words = text.split()
         hidden = torch.stack([embed(word) for word in words])[None]
-        surprise = torch.tensor([[2.0 if word.strip(".!") in names else 0.5 for word in words]])
+        surprise = self.novelty(hidden)
         access = torch.zeros(1, len(words), self.layer.config.store_slots)
         asked = torch.zeros(1, len(words), 0)  # no topics to tell conversations apart
         self.layer.append(Tokens(hidden, surprise, access, asked, torch.ones(1, len(words), dtype=torch.bool)))
         self.layer.clear_context()
         self.measure(phase, names)
+
+    def novelty(self, tokens: torch.Tensor) -> torch.Tensor:
+        """1 - cosine of tokens [1, T, D] and the likest one before each, in the sentence or in memory, [1, T]."""
+        before = cosine(tokens, tokens)[0].tril(-1)
+        state = self.layer.readable
+        if state is not None:
+            config = self.layer.config
+            held = torch.cat([state.buffer, state.store], dim=1)
+            live = torch.cat([state.live_buffer(config), state.live_store()], dim=1)
+            before = torch.cat([before, cosine(tokens, held)[0] * live], dim=-1)
+        return (1.0 - before.amax(-1).clamp_min(0.0))[None]
 
     def measure(self, phase: str, names: list[str]) -> None:
         """How strong each name is in the buffer and whether the store holds it."""

@@ -53,6 +53,7 @@ def parse() -> argparse.Namespace:
     add("--resume", nargs="?", const="last", help="go on from a checkpoint folder; from the last one without a value")
     add("--resume-if-begun", action="store_true", help="go on from the last checkpoint, if there is one; --resume wins")
     add("--memory-layers", default="3,6,9", help="comma-separated indices of decoder layers; 'auto' for every third")
+    add("--warmup-steps", type=int, default=100, help="steps in which the learning rate rises")
     add("--num-train", type=int, default=500, help="training episodes")
     add("--num-val", type=int, default=50, help="validation episodes")
     add("--task", choices=("names", "facts"), default="facts", help="names only, or a mixture of everything told")
@@ -287,7 +288,7 @@ def main() -> None:
             logging_steps=10,
             train_sampling_strategy="group_by_length",
             lr_scheduler_type="cosine",
-            warmup_steps=10,
+            warmup_steps=args.warmup_steps,
             weight_decay=0.01,
             gate_learning_rate_multiplier=args.gate_lr_multiplier,
             reuse_told_states=not args.read_told_live,
@@ -312,9 +313,9 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=resume)
     save(model, args.checkpoint_dir / "final", args.license)
     shutil.copy(cost.path, args.checkpoint_dir / "final" / cost.NAME)
-    print(
-        f"The adapter is in {args.checkpoint_dir / 'final'}, the best by validation in {args.checkpoint_dir / 'best'}"
-    )
+    print(f"The adapter is in {args.checkpoint_dir / 'final'}")
+    if (best := args.checkpoint_dir / "best").exists():
+        print(f"The best by validation is in {best}")
 
 
 if __name__ == "__main__":

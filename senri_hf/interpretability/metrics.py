@@ -57,6 +57,7 @@ def prediction_metrics(
     batches: Iterable[Batch],
     *,
     run: Callable[[Batch], Any] | None = None,
+    positions: Callable[[Batch], Tensor] | None = None,
 ) -> dict[str, float]:
     """What is left of a model's predictions when a module's output is replaced by its reconstruction.
 
@@ -65,6 +66,8 @@ def prediction_metrics(
     (`config.skip_positions`) and padding stay as they are.
 
     Args:
+        positions: Gives the positions [B, T] of a batch that are replaced and whose predictions count, for all that are
+            real. The cross-entropy of the last one is not known.
         run: What to do with a batch instead of `model(**batch)`; gives an output with logits [B, T, V].
 
     Returns:
@@ -74,10 +77,13 @@ def prediction_metrics(
     if place is None:
         raise ValueError("Name the module: the autoencoder does not know its own (config.hook_name is None)")
     sums = dict.fromkeys(("cross_entropy", "cross_entropy_sae", "cross_entropy_zero", "kl_sae", "kl_zero"), 0.0)
-    count = 0
+    count, targeted = 0, 0
     run = run or (lambda batch: model(**batch))
     for batch in batches:
-        mask = real_positions(batch, sae.config.skip_positions)[..., None]
+        counted = real = real_positions(batch)
+        if positions is not None:
+            counted = real & positions(batch).to(real.device)
+        mask = (real_positions(batch, sae.config.skip_positions) & counted)[..., None]
         own = log_probabilities(run, batch)
 
         def reconstructed(x: Tensor, mask: Tensor = mask) -> Tensor:
@@ -86,20 +92,20 @@ def prediction_metrics(
         def zeroed(x: Tensor, mask: Tensor = mask) -> Tensor:
             return torch.where(mask.to(x.device), torch.zeros_like(x), x)
 
-        real = real_positions(batch)
         targets = batch["input_ids"][:, 1:].to(own.device)
-        predicted = (real[:, 1:] & real[:, :-1]).to(own.device)
-        count += int(predicted.sum())
+        predicted, counted = (real[:, 1:] & counted[:, :-1]).to(own.device), counted.to(own.device)
+        targeted += int(predicted.sum())
+        count += int(counted.sum())
         sums["cross_entropy"] += cross_entropy(own, targets, predicted)
         for name, function in (("sae", reconstructed), ("zero", zeroed)):
             with replaced_output(model, place, function):
                 changed = log_probabilities(run, batch)
             sums[f"cross_entropy_{name}"] += cross_entropy(changed, targets, predicted)
-            divergence = (own.exp() * (own - changed)).sum(-1)[:, :-1]
-            sums[f"kl_{name}"] += float(divergence[predicted].double().sum())
+            divergence = (own.exp() * (own - changed)).sum(-1)
+            sums[f"kl_{name}"] += float(divergence[counted].double().sum())
     if not count:
         raise ValueError("There were no tokens to predict")
-    found = {name: value / count for name, value in sums.items()}
+    found = {name: value / (count if name.startswith("kl") else max(1, targeted)) for name, value in sums.items()}
     lost = found["cross_entropy_zero"] - found["cross_entropy"]
     left = found["cross_entropy_zero"] - found["cross_entropy_sae"]
     found["cross_entropy_recovered"] = left / lost if lost else math.nan

@@ -51,3 +51,27 @@ def test_predictions_are_recovered_wholly_by_a_perfect_autoencoder_and_not_at_al
     assert nothing["kl_recovered"] == pytest.approx(0, abs=1e-9) and nothing["kl_sae"] > 0
     with pytest.raises(ValueError, match="does not know its own"):
         prediction_metrics(model, None, sae, batches)
+
+
+@torch.no_grad()
+def test_predictions_count_at_the_positions_asked_for_the_last_one_included() -> None:
+    model, ids = tiny_model("llama"), tokens(3, 9)
+    sae = SparseAutoencoder(SparseAutoencoderConfig(d_in=32, d_sae=16, variant="topk", k=2)).eval()
+    chosen = torch.zeros(3, 9, dtype=torch.bool)
+    chosen[:, -1] = True
+    batch = {"input_ids": ids}
+    last = prediction_metrics(model, "model.layers.1", sae, [batch], positions=lambda _: chosen)
+
+    def reconstructed(module: torch.nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
+        return torch.where(chosen[..., None], sae(output).reconstruction, output)
+
+    own = model(**batch).logits[:, -1].log_softmax(-1)
+    handle = model.model.layers[1].register_forward_hook(reconstructed)
+    changed = model(**batch).logits[:, -1].log_softmax(-1)
+    handle.remove()
+    expected = (own.exp() * (own - changed)).sum(-1).mean()
+    assert last["kl_sae"] == pytest.approx(float(expected), rel=1e-4) and last["cross_entropy"] == 0
+    chosen[:, 4] = True
+    found = prediction_metrics(model, "model.layers.1", sae, [batch], positions=lambda _: chosen)
+    loss = torch.nn.functional.cross_entropy(model(**batch).logits[:, 4], ids[:, 5])
+    assert found["cross_entropy"] == pytest.approx(float(loss), rel=1e-5)

@@ -171,6 +171,30 @@ def test_the_page_of_results_is_what_its_figures_say(load: Load) -> None:
     assert shown and all((docs / name).exists() for name in shown)
 
 
+def test_a_context_keeps_the_space_before_its_token_and_has_no_other_markup(load: Load) -> None:
+    marked = load("symbolic_results.py").marked
+    assert marked({"before": "the", "token": " huts", "after": " yonder"}) == "the <b>huts</b> yonder"
+    assert marked({"before": "I saw M", "token": "'", "after": "ling *|_"}) == "I saw M<b>'</b>ling \\*\\|\\_"
+    assert marked({"before": "end.", "token": "\n\n", "after": "A"}) == "end. <b>␣</b> A"
+
+
+def test_the_measured_autoencoder_is_that_of_the_documented_command(
+    load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    benchmark = load("symbolic.py")
+    docs = Path(benchmark.__file__).parents[1] / "docs" / "symbolic.md"
+    shown = next(
+        line for line in docs.read_text(encoding="utf-8").splitlines() if line.startswith("senri-hf sae train")
+    )
+    documented = vars(benchmark.build_parser().parse_args(shown.split("#")[0].split()[1:]))
+    settings = benchmark.settings_of_the_command()["train"]
+    assert settings == {name: documented[name] for name in settings}
+    # Where a default is another one, so is the folder.
+    folder = benchmark.language_model_folder()
+    monkeypatch.setattr("senri_hf.commands.sae.HELD_OUT_TEXT", ("dubliners",))
+    assert benchmark.language_model_folder() != folder
+
+
 def test_results_of_other_settings_are_not_taken(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     benchmark = load("symbolic.py")
     runs = {name: benchmark.Run("train", "train_cyclic", *arguments)

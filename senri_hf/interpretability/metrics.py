@@ -81,7 +81,7 @@ def prediction_metrics(
         own = log_probabilities(run, batch)
 
         def reconstructed(x: Tensor, mask: Tensor = mask) -> Tensor:
-            return torch.where(mask.to(x.device), sae(x).reconstruction.to(x.dtype), x)
+            return torch.where(mask.to(x.device), sae.decode(sae.encode(x.to(sae.device))).to(x), x)
 
         def zeroed(x: Tensor, mask: Tensor = mask) -> Tensor:
             return torch.where(mask.to(x.device), torch.zeros_like(x), x)

@@ -80,6 +80,19 @@ def test_conventions_of_others_are_brought_to_ours(tmp_path: Path) -> None:
     torch.testing.assert_close(import_saelens(tmp_path).encode(X), latents, rtol=1e-4, atol=1e-4)
 
 
+def test_topk_without_k_is_refused(tmp_path: Path) -> None:
+    export_saelens(trained("topk"), tmp_path)
+    config = json.loads((tmp_path / "cfg.json").read_text())
+    del config["k"]
+    (tmp_path / "cfg.json").write_text(json.dumps(config))
+    assert import_saelens(tmp_path).config.k == 5  # our own files say it twice
+    del config["metadata"]["senri_hf"]
+    for given in ({}, {"k": None}, {"k": 0}):
+        (tmp_path / "cfg.json").write_text(json.dumps(config | given))
+        with pytest.raises(ValueError, match=r"k(=0| is None)"):
+            import_saelens(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

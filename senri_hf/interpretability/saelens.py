@@ -97,12 +97,15 @@ def import_saelens(folder: str | Path) -> SparseAutoencoder:
         raise ValueError(f"{folder / WEIGHTS_FILE} is damaged: {error}") from error
     check_tensors(folder, architecture, config, tensors)
     ours = metadata.get("senri_hf") or {}
+    k = config.get("k", ours.get("k"))
+    if architecture == "topk" and not isinstance(k, int):
+        raise ValueError(f"{folder / CONFIG_FILE} is damaged: k is {k!r}")
     sae = SparseAutoencoder(
         SparseAutoencoderConfig(
             d_in=config["d_in"],
             d_sae=config["d_sae"],
             variant=VARIANTS[architecture],
-            k=int(config.get("k") or ours.get("k") or 1),
+            **({} if k is None else {"k": k}),
             model_name=metadata.get("model_name"),
             hook_name=metadata.get("hook_name"),
             skip_positions=int(ours.get("skip_positions") or 0),

@@ -1,5 +1,6 @@
 """Training sparse autoencoders on streams: what they learn, and how training resumes."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -66,18 +67,33 @@ def test_the_true_directions_are_found(tmp_path: Path) -> None:
 
 
 def test_a_resumed_training_goes_on_in_the_stream_and_learns_on(tmp_path: Path) -> None:
-    first = trainer(tmp_path, steps=40, save_strategy="steps", save_steps=20)
+    settings: dict[str, Any] = {"steps": 40, "save_strategy": "steps", "save_steps": 20}
+    first = trainer(tmp_path, **settings)
     first.train()
-    second = trainer(tmp_path, steps=40, save_strategy="steps", save_steps=20)
-    second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-20"))
+    place = tmp_path / "checkpoint-20" / "activation_stream.json"
+    saved = json.loads(place.read_text())
+    assert saved["consumed"] > 10 and saved["elapsed"]["seconds"] > 0
+    place.write_text(json.dumps(saved | {"elapsed": {"seconds": 1000.0, "cpu_seconds": 500.0}}))
+    second, starts = trainer(tmp_path, **settings), []
+
+    def recorded(start: int) -> Iterator[Tensor]:
+        starts.append(start)
+        return source(start)
+
+    second.stream.source = recorded
+    second.train(resume_from_checkpoint=str(place.parent))
+    assert starts[0] == saved["consumed"] and second.stream.fills > saved["fills"]
     assert second.state.global_step == 40
+    assert 1000 < second.elapsed()["seconds"] < 1000 + 60 and second.elapsed()["cpu_seconds"] > 500
     assert torch.equal(first.model.activation_scale, second.model.activation_scale)  # not fitted again
-    assert second.stream.fills > 1
-    ends = [t.state.log_history[-1]["train_loss"] for t in (first, second)]
-    assert all(end == end for end in ends)
-    (tmp_path / "checkpoint-20" / "activation_stream.json").unlink()
+    explained = [
+        reconstruction_metrics(sae.eval(), [sparse_data(2000, 7)])["explained_variance"]
+        for sae in (SparseAutoencoder.from_pretrained(place.parent), second.model, first.model)
+    ]
+    assert explained[1] > explained[0] + 0.02 and explained[1] == pytest.approx(explained[2], abs=0.05)
+    place.unlink()
     with pytest.raises(ValueError, match="no checkpoint of this trainer"):
-        trainer(tmp_path, steps=40).train(resume_from_checkpoint=str(tmp_path / "checkpoint-20"))
+        trainer(tmp_path, steps=40).train(resume_from_checkpoint=str(place.parent))
 
 
 def test_dead_latents_are_resampled_to_where_the_error_is(tmp_path: Path) -> None:

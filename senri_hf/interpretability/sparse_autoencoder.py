@@ -16,17 +16,19 @@ where the loss is |x - x̂|², e = x - x̂ and ê its reconstruction by dead lat
 m = (x - b_dec) W_enc exp(r_mag) + b_mag. `sparse_autoencoder_reference` says the same one activation at a time.
 """
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from ..configuration.sparse_autoencoder import SparseAutoencoderConfig
+from ..memory.fingerprint import public_name
+from ..modeling.card import About, ModelWithCard
 
 
 SMALLEST_NORM = 1e-8
@@ -55,7 +57,7 @@ class SparseAutoencoderOutput(ModelOutput):
     reconstruction: Tensor | None = None
 
 
-class SparseAutoencoder(PreTrainedModel):
+class SparseAutoencoder(ModelWithCard):
     """A sparse autoencoder of the activations of a module.
 
     Parameters are named as SAELens names them. `activation_scale` multiplies activations before they are encoded and
@@ -110,6 +112,32 @@ class SparseAutoencoder(PreTrainedModel):
             init.zeros_(self.threshold)
         init.ones_(self.activation_scale)
         init.zeros_(self.silent_for)
+
+    def about(self) -> About:
+        config = self.config
+        model = None if config.model_name is None else public_name(config.model_name)
+        return About(
+            text="A sparse autoencoder: activations of a module of another model as sums of few directions.",
+            facts={
+                "of the model": None if model is None else f"`{model}`",
+                "of the module": None if config.hook_name is None else f"`{config.hook_name}`",
+                "variant": config.variant,
+                "active latents (k)": config.k if config.variant in ("topk", "batchtopk") else None,
+                "width of the activations": config.d_in,
+                "latents": f"{config.d_sae:,}",
+                "tokens at the start of a text that it is not for": config.skip_positions,
+            },
+            usage=f"""from senri_hf.interpretability import module_activations
+
+sae = senri_hf.SparseAutoencoder.from_pretrained("this folder or repository").eval()
+model, tokenizer = senri_hf.load_base({json.dumps(model or "the model")})
+batch = tokenizer("What is read here?", return_tensors="pt")
+module, skip = {json.dumps(config.hook_name or "the module")}, sae.config.skip_positions
+(activations,) = module_activations(model, module, [batch], skip_positions=skip)
+latents = sae.encode(activations)  # [tokens, latents]: how strongly each is active, most are 0
+directions = sae.W_dec  # [latents, width]: what each adds; top_contexts() shows where each is active""",
+            tags=("sparse-autoencoder",),
+        )
 
     # What it computes.
 

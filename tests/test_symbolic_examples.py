@@ -71,6 +71,15 @@ def test_no_context_is_tested_that_training_has(load: Load) -> None:
         assert set(nearest) == {wrong}
 
 
+@pytest.mark.parametrize("share", ["0", "1", "-0.5"])
+def test_nothing_held_out_is_refused_at_once(
+    load: Load, share: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        load("cyclic_sequence/train_cyclic.py").main(["--held-out", share, "--output", str(tmp_path / "out")])
+    assert "a share above 0 and below 1 is due" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 class Says:
     """Goes on with given symbols."""
 

@@ -16,6 +16,8 @@ from senri_hf.interpretability import (
     ActivationStream,
     SparseAutoencoderTrainer,
     SparseAutoencoderTrainingArguments,
+    export_saelens,
+    import_saelens,
     reconstruction_metrics,
 )
 
@@ -94,6 +96,30 @@ def test_a_resumed_training_goes_on_in_the_stream_and_learns_on(tmp_path: Path) 
     place.unlink()
     with pytest.raises(ValueError, match="no checkpoint of this trainer"):
         trainer(tmp_path, steps=40).train(resume_from_checkpoint=str(place.parent))
+
+
+@pytest.mark.parametrize("imported", [False, True])
+def test_training_goes_on_from_a_finished_or_imported_autoencoder(imported: bool, tmp_path: Path) -> None:
+    first = trainer(tmp_path, "jumprelu", steps=200)
+    first.train()
+    sae = first.model.eval()
+    if imported:  # with rows of different norms, as others have them
+        with torch.no_grad():
+            factors = torch.linspace(0.5, 2, 32)
+            sae.W_dec.mul_(factors[:, None])
+            for parameter in (sae.W_enc, sae.b_enc, sae.threshold):
+                parameter.div_(factors)
+        sae = import_saelens(export_saelens(sae, tmp_path / "lens"))
+    data, norms, scale = [sparse_data(2000, 7)], sae.W_dec.detach().norm(dim=-1), sae.activation_scale.clone()
+    before = reconstruction_metrics(sae, data)["explained_variance"]
+    again = SparseAutoencoderTrainingArguments(
+        output_dir=str(tmp_path), max_steps=3, learning_rate=1e-5, save_strategy="no", report_to="none",
+        disable_tqdm=True, use_cpu=True,
+    )  # fmt: skip
+    SparseAutoencoderTrainer(sae.train(), again, ActivationStream(source, 64, 1000)).train()
+    torch.testing.assert_close(sae.W_dec.detach().norm(dim=-1), norms)
+    assert torch.equal(sae.activation_scale, scale)
+    assert reconstruction_metrics(sae.eval(), data)["explained_variance"] == pytest.approx(before, abs=0.005)
 
 
 def test_dead_latents_are_resampled_to_where_the_error_is(tmp_path: Path) -> None:

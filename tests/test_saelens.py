@@ -42,7 +42,18 @@ def test_what_is_exported_is_imported_with_the_same_numbers(variant: str, tmp_pa
     torch.testing.assert_close(loaded.encode(X), sae.encode(X), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(loaded.decode(loaded.encode(X)), sae.decode(sae.encode(X)), rtol=1e-4, atol=1e-4)
     assert 0 < int((sae.encode(X) > 0).sum()) < 50 * 40
+    assert float(loaded.W_dec.detach().norm(dim=-1).mean()) == pytest.approx(1)
     assert not [path for path in tmp_path.iterdir() if path.suffix == ".tmp"]
+
+
+@every_variant
+def test_an_exported_decoder_has_its_scale_and_its_unit_rows_again(variant: str, tmp_path: Path) -> None:
+    sae = trained(variant)
+    sae.project()
+    loaded = import_saelens(export_saelens(sae, tmp_path))
+    torch.testing.assert_close(loaded.activation_scale, sae.activation_scale)
+    for name in ("W_enc", "W_dec", "b_dec"):
+        torch.testing.assert_close(getattr(loaded, name), getattr(sae, name))
 
 
 @every_variant

@@ -71,7 +71,9 @@ def export_saelens(sae: SparseAutoencoder, folder: str | Path) -> Path:
 
 @torch.no_grad()
 def import_saelens(folder: str | Path) -> SparseAutoencoder:
-    """Read an autoencoder that SAELens, or `export_saelens`, wrote.
+    """Read an autoencoder that SAELens, or `export_saelens`, wrote; latents are as strong as they are there.
+
+    Its activation scale is what gives rows of `W_dec` a mean norm of 1; the norms of SAELens' own rows can differ.
 
     Raises:
         ValueError: when it is damaged, or of a kind that has no counterpart here, naming what.
@@ -124,8 +126,12 @@ def import_saelens(folder: str | Path) -> SparseAutoencoder:
                 tensors[name] = tensors[name] + shift
         if "b_mag" in tensors:
             tensors["b_mag"] = tensors["b_mag"] + shift * tensors["r_mag"].exp()
+    size = tensors["W_dec"].norm(dim=-1).mean()
+    scale = torch.where(size > 0, 1 / size, 1.0)
+    tensors |= {name: tensors[name] * scale for name in ("W_dec", "b_dec")} | {"W_enc": tensors["W_enc"] / scale}
     for name, tensor in tensors.items():
         getattr(sae, name).copy_(tensor)
+    sae.activation_scale.copy_(scale)
     return sae.eval()
 
 

@@ -253,6 +253,11 @@ directions = sae.W_dec  # [latents, width]: what each adds; top_contexts() shows
 
     # What training needs beside gradients.
 
+    @property
+    def has_scale(self) -> bool:
+        """Whether scale or decoder bias are other than those of a new autoencoder."""
+        return bool(self.activation_scale != 1) or bool(self.b_dec.any())
+
     @torch.no_grad()
     def fit_scale(self, activations: Tensor) -> None:
         """Take the scale and the decoder bias from activations [n, d_in]: mean squared norm `d_in`, bias their mean.
@@ -340,13 +345,13 @@ directions = sae.W_dec  # [latents, width]: what each adds; top_contexts() shows
     def remove_parallel_gradient(self) -> None:
         """Take out of the decoder's gradient what would only change the norm of its rows."""
         if self.W_dec.grad is not None:
-            along = (self.W_dec.grad * self.W_dec).sum(-1, keepdim=True) / self.W_dec.square().sum(-1, keepdim=True)
-            self.W_dec.grad -= along * self.W_dec
+            directions = nn.functional.normalize(self.W_dec, dim=-1, eps=SMALLEST_NORM)
+            self.W_dec.grad -= (self.W_dec.grad * directions).sum(-1, keepdim=True) * directions
 
     @torch.no_grad()
-    def project(self) -> None:
-        """Bring the rows of the decoder back to unit norm, and thresholds above 0."""
-        self.W_dec.div_(self.W_dec.norm(dim=-1, keepdim=True).clamp_min(SMALLEST_NORM))
+    def project(self, norms: Tensor | float = 1.0) -> None:
+        """Bring the rows of the decoder back to their norms [d_sae, 1], and thresholds above 0."""
+        self.W_dec.mul_(norms / self.W_dec.norm(dim=-1, keepdim=True).clamp_min(SMALLEST_NORM))
         if self.config.variant == "jumprelu":
             self.threshold.clamp_min_(0)
 

@@ -277,7 +277,17 @@ def lorenz_section(found: dict[str, Any]) -> list[str]:
     rows = [["test trajectories", "", f"{jumps['test trajectories']:.4%}"]]
     for name, value in found["furthest"].items():
         rows.append([name, f"{value:.3f}", f"{jumps[name]:.4%}" if name in jumps else ""])
-    return lines + table(["", "furthest", "jumps"], rows) + figures("lorenz")
+    lines += table(["", "furthest", "jumps"], rows)
+    chains_jumps = {name: share for name, share in jumps.items() if name.startswith("Markov chain")}
+    ratios = [
+        f"{jumps['transformer'] / share:.1f} times that of the {name}" for name, share in chains_jumps.items() if share
+    ]
+    if jumps["transformer"] and not jumps["test trajectories"] and ratios:
+        lines += [
+            "",
+            f"The system never jumps. The transformer does: its rate is {' and '.join(ratios)}.",
+        ]
+    return lines + figures("lorenz")
 
 
 def language_model_section(found: dict[str, Any]) -> list[str]:

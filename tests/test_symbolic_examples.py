@@ -6,6 +6,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from chatting import byte_tokenizer
@@ -111,7 +112,22 @@ def test_the_lorenz_system(load: Load, tmp_path: Path) -> None:
     load("lorenz_sequence/train_lorenz.py").main([*sizes, *model, "--output", str(tmp_path)])
     found = results(tmp_path)
     assert set(found["markov_loss"]) == {"1", "2", "4", "8"} and found["loss"] > 0
+    best = min(found["markov_loss"], key=lambda order: found["markov_loss"][order])
+    chains = {f"Markov chain of order {order}" for order in ("1", best)}
+    for compared in ("furthest", "jumps", "autocorrelation"):
+        assert {name for name in found[compared] if name.startswith("Markov")} == chains
     assert {path.name for path in tmp_path.glob("*.png")} == {"training.png", "autocorrelation.png"}
+
+
+@pytest.mark.parametrize("order", [1, 3])
+def test_a_chain_goes_on_by_its_last_symbols(load: Load, order: int) -> None:
+    lorenz = load("lorenz_sequence/train_lorenz.py")
+    cycle = np.resize([0, 1, 2, 2] if order == 3 else [0, 1, 2], (2, 400))
+    chain = lorenz.markov_chain(cycle, order)
+    assert chain.shape == (3**order, 3)
+    sure = (chain > 0.9).astype(float)  # what was never seen is left at thirds
+    said = lorenz.chain_sample(sure, cycle[:, :order], 50, seed=0)
+    assert np.array_equal(said, cycle[:, order : order + 50])
 
 
 def test_what_an_adapter_reads_is_ablated_beside_random_latents(

@@ -61,8 +61,8 @@ class SparseAutoencoderTrainingArguments(TrainingArguments):
 class SparseAutoencoderTrainer(Trainer):
     """A `Trainer` of a `SparseAutoencoder` on an `ActivationStream`.
 
-    The decoder keeps the norms of its rows, 1 but for imported ones, and its gradient goes across them. Logged beside the
-    loss: `l0`, latents active per activation; `explained_variance` of the batches since the last entry; `dead`, the
+    The decoder keeps the norms of its rows, 1 but for imported ones, and its gradient goes across them. Logged beside
+    the loss: `l0`, latents active per activation; `explained_variance` of the batches since the last entry; `dead`, the
     share of dead latents.
 
     Raises:

@@ -23,7 +23,7 @@ TRAINING_TEXT = ("doctor-moreau", "dubliners", "brother-jacob")
 HELD_OUT_TEXT = ("heart-of-darkness",)
 # What training writes beside the autoencoder: before its first step, and after its last.
 SETTINGS, TRAINING = "settings.json", "training.json"
-# Arguments that make no other training of it, and those that may change when it is resumed.
+# Arguments that are no settings of a training, and those that may change when it is resumed.
 NO_SETTINGS, CHANGEABLE = ("run", "output", "resume"), ("steps", "save_every")
 
 

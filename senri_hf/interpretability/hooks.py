@@ -235,7 +235,7 @@ def by_column(activations: Tensor, rows: int, length: int) -> Tensor:
         ValueError: when they are neither [B, T, d] nor [B T, d].
     """
     if activations.dim() == 2 and activations.shape[0] == rows * length:
-        return activations.view(rows, length, -1)
+        return activations.unflatten(0, (rows, length))
     if activations.dim() != 3 or activations.shape[:2] != (rows, length):
         raise ValueError(
             f"The module returned {list(activations.shape)} where [{rows}, {length}, d] was expected: which of its "

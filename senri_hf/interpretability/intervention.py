@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -153,7 +154,9 @@ def check_positions(positions: Any) -> None:
             )
         return
     named = isinstance(positions, str) and positions in ("all", "prompt", "generated")
-    columns = isinstance(positions, Sequence) and all(type(column) is int for column in positions)
+    columns = isinstance(positions, Sequence) and all(
+        isinstance(column, Integral) and not isinstance(column, bool) for column in positions
+    )
     if not named and not columns:
         raise ValueError(
             f"positions={positions!r} was given, but they are 'all', 'prompt', 'generated', a list of columns as "
@@ -237,7 +240,7 @@ def edited_activations(
     if direction is not None:
         length = (result - activations).norm(dim=-1, keepdim=True)
         result = activations + length * direction.to(activations)
-    return (result if mask is None else torch.where(mask[..., None], result, activations)).view(shape)
+    return (result if mask is None else torch.where(mask[..., None], result, activations)).reshape(shape)
 
 
 def edited_latents(

@@ -249,11 +249,13 @@ class SymbolicTransformerModel(SymbolicTransformerPreTrainedModel):
         Positions are looked at, for which a device has to wait, only where the columns are more than these.
         """
         most = self.config.max_position_embeddings
-        # A static cache keeps its length on the device, but says how much it can hold at most.
-        columns = past + position_ids.shape[-1] if cache is None or isinstance(past, int) else cache.get_max_length()
-        if torch.compiler.is_compiling() or columns <= most:
+        if cache is None or isinstance(past, int):
+            columns = past + position_ids.shape[-1]
+        elif torch.compiler.is_compiling():
             return
-        last = int(position_ids.max())
+        else:  # a static cache keeps its length on the device, but says how much it can hold at most
+            columns = cache.get_max_length()
+        last = int(position_ids.max()) if columns > most else 0
         if last >= most:
             raise ValueError(
                 f"{last + 1} symbols were given, but max_position_embeddings={most}. Give at most {most}, or let "

@@ -22,6 +22,7 @@ from typing import Any
 
 from symbolic_results import FIGURES, render
 
+from senri_hf.commands.main import build_parser
 from senri_hf.files import write_json, write_text
 
 
@@ -37,9 +38,7 @@ SIZES = (0.4375, 2.0)
 PARTS = ("cyclic", "sizes", "variants", "lorenz", "language_model", "memory")
 SEEDED = ("cyclic", "memory")
 SAELENS = "saelens"
-LANGUAGE_MODEL = ["--model", "smollm2-135m-instruct", "--module", "model.layers.8", "--expansion-factor", "4"]
-LANGUAGE_MODEL += ["--k", "32", "--steps", "500", "--batch-size", "1024", "--reuse", "7", "--buffer-size", "80000"]
-LANGUAGE_MODEL += ["--save-every", "250"]
+LANGUAGE_MODEL = ["--model", "smollm2-135m-instruct", "--module", "model.layers.8"]
 COMMAND = f"senri-hf sae train {' '.join(LANGUAGE_MODEL)}"
 
 
@@ -178,22 +177,32 @@ def language_model() -> dict[str, Any]:
     folder, command = ROOT / language_model_folder(), ["-m", "senri_hf.commands.main", "sae"]
     if not (folder / "training.json").exists():
         run(*command, "train", *LANGUAGE_MODEL, "--resume", "--output", str(folder))
-    for what, extra in (("evaluate", ["--pieces", "16"]), ("contexts", ["--pieces", "120"])):
+    for what in ("evaluate", "contexts"):
         if not (folder / f"{what}.json").exists():
-            run(*command, what, str(folder), *extra, "--output", str(folder / f"{what}.json"))
+            run(*command, what, str(folder), "--output", str(folder / f"{what}.json"))
     measured, training = (json.loads((folder / f"{name}.json").read_text()) for name in ("evaluate", "training"))
     plots.latent_density({"held-out text": measured.pop("density")}, folder / "density.png")
     keep_figures("smollm2", folder)
     return {
         "command": COMMAND,
+        "settings": settings_of_the_command(),
         "measured": measured,
         **{name: training[name] for name in ("seconds", "cpu_seconds")},
         "contexts": json.loads((folder / "contexts.json").read_text()),
     }
 
 
+def settings_of_the_command() -> dict[str, Any]:
+    """What the commands that train, measure and show the autoencoder are run with, their defaults included."""
+    arguments = {"train": [*LANGUAGE_MODEL, "--output", ""], "evaluate": [""], "contexts": [""]}
+    parsed = {name: vars(build_parser().parse_args(["sae", name, *of_name])) for name, of_name in arguments.items()}
+    places = ("run", "sae", "output", "resume")
+    return {name: {key: of[key] for key in of if key not in places} for name, of in parsed.items()}
+
+
 def language_model_folder() -> Path:
-    return WORK / f"smollm2-{hashlib.sha256(COMMAND.encode()).hexdigest()[:10]}"
+    settings = json.dumps(settings_of_the_command(), sort_keys=True)
+    return WORK / f"smollm2-{hashlib.sha256(settings.encode()).hexdigest()[:10]}"
 
 
 def saelens() -> dict[str, Any]:
@@ -217,7 +226,7 @@ def saelens() -> dict[str, Any]:
         found = reconstruction_metrics(ours, [x])
         error = (x - reconstruction).double().square().sum() / (x.double() - x.double().mean(0)).square().sum()
         return {
-            "command": COMMAND,
+            "settings": settings_of_the_command(),
             "version": sae_lens.__version__,
             "architecture": theirs.cfg.architecture(),
             "hook_name": theirs.cfg.metadata.hook_name,
@@ -255,7 +264,7 @@ def main() -> None:
     for part in args.only:
         if part in runs:
             collect(found, part, runs[part](), set(map(str, args.seeds)) if part in SEEDED else None)
-        elif found.get(part, {}).get("command") != COMMAND:
+        elif found.get(part, {}).get("settings") != settings_of_the_command():
             found[part] = of_the_command[part]()
             store(found)
     first = cyclic_runs(SEEDS[0])

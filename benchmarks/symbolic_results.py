@@ -1,5 +1,6 @@
 """The page `docs/symbolic_results.md`, from what `symbolic.py` found."""
 
+import re
 import statistics
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ FIGURES = {
 
 CYCLIC = {"train", "sae", "edit", "check"}
 CONTROLS = ("other_latents", "directions")
+# What would be read as markup in a table.
+MARKUP = re.compile(r"([\\`*_<>|\[\]])")
 
 
 def render(found: dict[str, Any]) -> list[str]:
@@ -274,26 +277,44 @@ def lorenz_section(found: dict[str, Any]) -> list[str]:
     rows = [["test trajectories", "", f"{jumps['test trajectories']:.4%}"]]
     for name, value in found["furthest"].items():
         rows.append([name, f"{value:.3f}", f"{jumps[name]:.4%}" if name in jumps else ""])
-    return lines + table(["", "furthest", "jumps"], rows) + figures("lorenz")
+    lines += table(["", "furthest", "jumps"], rows)
+    chains_jumps = {name: share for name, share in jumps.items() if name.startswith("Markov chain")}
+    ratios = [
+        f"{jumps['transformer'] / share:.1f} times that of the {name}" for name, share in chains_jumps.items() if share
+    ]
+    if jumps["transformer"] and not jumps["test trajectories"] and ratios:
+        lines += [
+            "",
+            f"The system never jumps. The transformer does: its rate is {' and '.join(ratios)}.",
+        ]
+    return lines + figures("lorenz")
 
 
 def language_model_section(found: dict[str, Any]) -> list[str]:
     lines = [
         f"`{found['command']}`: {found['cpu_seconds'] / 60:.1f} minutes of processor time ({found['seconds'] / 60:.1f} "
-        "on the clock, of a machine that had other work), the model's loading included; measured on text that training "
-        "never saw.",
+        "on the clock, of a machine that had other work), the model's loading included; measured on a book that "
+        "training never saw.",
         "",
     ]
     measured = found["measured"]
     rows = [[name.replace("_", " "), f"{value:,.4g}"] for name, value in measured.items() if name != "dead"]
     lines += table(["", ""], [*rows, ["dead latents", f"{measured['dead']:.2%}"]])
-    lines += ["", "Where some latents are most active:", ""]
+    lines += ["", "Where some latents are most active in that book:", ""]
     rows = []
     for entry in found["contexts"]:
-        shown = [f"{c['before']}**{c['token'].strip()}**{c['after']}" for c in entry["contexts"][:3]]
-        text = " … ".join(" ".join(part.split()) for part in shown).replace("|", "\\|")
+        text = " … ".join(" ".join(marked(context).split()) for context in entry["contexts"][:3])
         rows.append([str(entry["latent"]), f"{entry['density']:.2%}", text])
     return lines + table(["latent", "active at", "contexts"], rows) + figures("smollm2")
+
+
+def marked(context: dict[str, Any]) -> str:
+    """A context as markdown, its token in bold, by tags: between letters and marks, asterisks would stay asterisks."""
+    before, token, after = (MARKUP.sub(r"\\\1", context[name]) for name in ("before", "token", "after"))
+    word = token.strip()
+    if not word:
+        return f"{before} <b>␣</b> {after}"
+    return before + token.replace(word, f"<b>{word}</b>") + after
 
 
 def saelens_section(found: dict[str, Any]) -> list[str]:

@@ -5,21 +5,31 @@ from typing import Any
 
 import pytest
 import torch
-from models import Subject, tiny_model, tokens
+from models import HIDDEN, VOCABULARY, Subject, tiny_model, tokens
 from sparse import autoencoder
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, MambaConfig, MambaForCausalLM, PreTrainedModel
 
-from senri_hf.interpretability import Edit, captured, find_module, intervene
+from senri_hf.interpretability import Edit, captured, find_module, intervene, module_activations
 
 
-ARCHITECTURES = ["llama", "gemma3", "gpt_neox"]
+ARCHITECTURES = ["llama", "gemma3", "gpt_neox", "mamba"]
 LAYER = "model.layers.1"
 SUBJECT = Subject("llama", "episodic", "default")
 
 
 def layer_of(arch: str) -> str:
-    return "gpt_neox.layers.1" if arch == "gpt_neox" else LAYER
+    return {"gpt_neox": "gpt_neox.layers.1", "mamba": "backbone.layers.1"}.get(arch, LAYER)
+
+
+def model_of(arch: str) -> PreTrainedModel:
+    if arch != "mamba":
+        return tiny_model(arch)
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": HIDDEN, "state_size": 4, "num_hidden_layers": 3}
+    model = MambaForCausalLM(MambaConfig(**sizes, tie_word_embeddings=False)).eval()
+    torch.nn.init.normal_(model.get_output_embeddings().weight, std=0.5)
+    return model
 
 
 def outputs(model: PreTrainedModel, module: str, ids: Tensor, **kwargs: Any) -> Tensor:
@@ -58,7 +68,7 @@ LOUD = Edit([3, 11, 20], "add", 40.0)
     ids=lambda edit: edit.mode if isinstance(edit, Edit) else None,
 )
 def test_an_edit_adds_the_decoded_change_and_leaves_the_error(arch: str, edit: Edit) -> None:
-    model, sae, layer = tiny_model(arch), autoencoder(), layer_of(arch)
+    model, sae, layer = model_of(arch), autoencoder(), layer_of(arch)
     before = outputs(model, layer, IDS)
     f = sae.encode(before)
     g = f.clone()
@@ -121,7 +131,7 @@ def test_only_the_chosen_positions_are_edited(llama: PreTrainedModel, positions:
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("positions", ["all", "prompt", "generated", [-1], [3, 8]])
 def test_generation_says_the_same_with_and_without_a_cache(arch: str, positions: Any) -> None:
-    model, sae, layer = tiny_model(arch), autoencoder(), layer_of(arch)
+    model, sae, layer = model_of(arch), autoencoder(), layer_of(arch)
     plain = greedy(model, IDS)
     with intervene(model, layer, sae, LOUD, positions=positions):
         cached, uncached = greedy(model, IDS), greedy(model, IDS, use_cache=False)
@@ -139,8 +149,28 @@ def test_generation_is_a_loop_of_edited_forward_passes(llama: PreTrainedModel) -
     assert torch.equal(said, ids)
 
 
-@pytest.mark.parametrize("kind", ["static", "chunked", "left_padded", "beams", "several", "lookup"])
-def test_every_way_to_generate_is_edited_alike(llama: PreTrainedModel, kind: str) -> None:
+@pytest.mark.parametrize("skip", [0, 1])
+def test_a_cache_that_does_not_say_its_length_is_counted_and_a_filled_one_refused(skip: int) -> None:
+    model, layer, sae = model_of("mamba"), layer_of("mamba"), autoencoder(skip_positions=skip)
+    ids = torch.cat([IDS, IDS[:, :2]], dim=1)
+    for positions in ("generated", [-1], [7], "prompt"):
+        with intervene(model, layer, sae, LOUD, positions=positions, prompt_length=7):
+            whole = outputs(model, layer, ids)
+        with intervene(model, layer, sae, LOUD, positions=positions), torch.no_grad(), captured(model, layer) as seen:
+            first = model(ids[:, :7], use_cache=True)  # which makes the cache itself
+            later = model(ids[:, 7:], cache_params=first.cache_params, use_cache=True)
+        torch.testing.assert_close(torch.cat(seen, dim=1), whole, rtol=1e-3, atol=1e-2)  # an edit adds 40
+    refused = pytest.raises(ValueError, match="does not say how long it is")
+    with refused, intervene(model, layer, sae, LOUD, positions=positions), torch.no_grad():
+        model(IDS[:, :1], cache_params=later.cache_params)
+
+
+WAYS = ["static", "chunked", "left_padded", "beams", "several", "lookup"]
+
+
+@pytest.mark.parametrize("positions", ["all", "prompt", "generated", [-1]], ids=str)
+@pytest.mark.parametrize("kind", WAYS)
+def test_every_way_to_generate_is_edited_alike(llama: PreTrainedModel, kind: str, positions: Any) -> None:
     sae, ids = autoencoder(), IDS
     settings: dict[str, Any] = {
         "static": {"cache_implementation": "static"},
@@ -155,8 +185,10 @@ def test_every_way_to_generate_is_edited_alike(llama: PreTrainedModel, kind: str
     if kind == "lookup":
         ids = IDS[:1]
     other = settings | {"use_cache": False} if kind in ("beams", "several", "left_padded") else {}
-    with intervene(llama, LAYER, sae, LOUD, positions="all", prompt_length=ids.shape[1]):
-        assert torch.equal(greedy(llama, ids, **settings), greedy(llama, ids, **other))
+    with intervene(llama, LAYER, sae, LOUD, positions=positions, prompt_length=ids.shape[1]):
+        edited = greedy(llama, ids, **settings)
+        assert torch.equal(edited, greedy(llama, ids, **other))
+    assert not torch.equal(edited, greedy(llama, ids, **settings))
 
 
 def test_padding_is_counted_as_columns_and_changes_no_other_row(llama: PreTrainedModel) -> None:
@@ -228,6 +260,46 @@ def test_modules_that_return_tuples_and_a_half_precision_model_are_edited() -> N
         assert after.dtype == torch.bfloat16 and not torch.equal(after, before)
 
 
+class Flat(nn.Module):
+    """Takes the tokens of all rows as one list, as experts do."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x.flatten(0, 1))
+
+
+class Rows(nn.Module):
+    """What `Flat` gives, by rows again."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.flat = Flat(inner)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.flat(x).view_as(x)
+
+
+def test_modules_that_return_all_tokens_as_one_list_are_read_and_edited() -> None:
+    model, sae, module = tiny_model("llama"), autoencoder(), "model.layers.1.mlp"
+    batch = {"input_ids": IDS, "attention_mask": (torch.arange(7) >= torch.tensor([[0], [3]])).long()}
+    chosen = {"positions": [2, -1], "rows": [False, True]}
+    read = list(module_activations(model, module, [batch]))
+    with intervene(model, module, sae, LOUD, **chosen):
+        said = outputs(model, "lm_head", IDS)
+    model.model.layers[1].mlp = Rows(model.model.layers[1].mlp)
+    flat = list(module_activations(model, module + ".flat", [batch]))
+    torch.testing.assert_close(flat, read)
+    with intervene(model, module + ".flat", sae, LOUD, **chosen):
+        torch.testing.assert_close(outputs(model, "lm_head", IDS), said)
+    refused = pytest.raises(ValueError, match=r"returned \[97, 32\] where \[2, 7, d\] was expected")
+    with refused, captured(model, "model.embed_tokens"):
+        model.model.embed_tokens.register_forward_hook(lambda *_: torch.zeros(97, 32))
+        list(module_activations(model, "model.embed_tokens", [batch]))
+
+
 def test_gradients_pass_through_an_intervention(llama: PreTrainedModel) -> None:
     embeds = llama.get_input_embeddings()(IDS).detach().requires_grad_()
     with intervene(llama, LAYER, autoencoder(), Edit([3], "scale", 2.0)):
@@ -281,6 +353,10 @@ def test_an_edit_of_no_use_is_refused(call: Callable[[], Any], message: str) -> 
         (None, LOUD, {}, "does not know its own"),
         (LAYER, Edit(48, "ablate"), {}, "Latent 48 was named, but the autoencoder has latents 0 to 47"),
         (LAYER, LOUD, {"positions": "last"}, "positions='last'"),
+        (LAYER, LOUD, {"positions": 3}, "positions=3 was given, but they are"),
+        (LAYER, LOUD, {"positions": [1.5]}, r"positions=\[1.5\]"),
+        (LAYER, LOUD, {"positions": [True, False]}, r"positions=\[True, False\]"),
+        (LAYER, LOUD, {"positions": None}, "positions=None"),
         (LAYER, LOUD, {"positions": torch.ones(2, 7)}, "a bool tensor"),
         (LAYER, LOUD, {"rows": [0]}, r"rows=\[0\] was given, but a bool for every row"),
     ],
@@ -290,6 +366,14 @@ def test_an_intervention_of_no_use_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message), intervene(llama, module, autoencoder(), edit, **settings):
         pass
+
+
+def test_a_column_before_the_text_is_refused(llama: PreTrainedModel) -> None:
+    with intervene(llama, LAYER, autoencoder(), LOUD, positions=[-7]):
+        llama(IDS)
+    refused = pytest.raises(ValueError, match=r"positions=\[-8\] were given, but the prompt has 7 columns only")
+    with refused, intervene(llama, LAYER, autoencoder(), LOUD, positions=[-8]):
+        llama(IDS)
 
 
 def test_modules_are_found_with_and_without_pefts_prefix() -> None:

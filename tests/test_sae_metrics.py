@@ -75,3 +75,36 @@ def test_predictions_count_at_the_positions_asked_for_the_last_one_included() ->
     found = prediction_metrics(model, "model.layers.1", sae, [batch], positions=lambda _: chosen)
     loss = torch.nn.functional.cross_entropy(model(**batch).logits[:, 4], ids[:, 5])
     assert found["cross_entropy"] == pytest.approx(float(loss), rel=1e-5)
+
+
+def test_predictions_are_measured_as_the_autoencoder_is_used_and_do_not_train_it() -> None:
+    model = tiny_model("llama")
+    batches = [{"input_ids": tokens(2, 9)}, {"input_ids": tokens(3, 9, seed=4)}]
+    sae = SparseAutoencoder(SparseAutoencoderConfig(d_in=32, d_sae=64, variant="batchtopk", k=3))
+    sae.threshold.fill_(0.7)
+    found = prediction_metrics(model, "model.layers.1", sae.train(), batches)
+    assert float(sae.threshold) == pytest.approx(0.7) and not sae.silent_for.any()
+    assert found == prediction_metrics(model, "model.layers.1", sae.eval(), batches)
+
+
+class Elsewhere(torch.nn.Module):
+    """Encodes and decodes what is on its device only."""
+
+    device = torch.device("meta")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SparseAutoencoderConfig(d_in=32)
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        assert x.device == self.device
+        return x
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(latents, device="cpu", dtype=torch.float64)
+
+
+def test_activations_are_taken_to_the_autoencoders_device() -> None:
+    batches = [{"input_ids": tokens(2, 9)}]
+    found = prediction_metrics(tiny_model("llama"), "model.layers.1", Elsewhere(), batches)  # type: ignore[arg-type]
+    assert found["cross_entropy_sae"] == found["cross_entropy_zero"]

@@ -1,5 +1,6 @@
 """Training sparse autoencoders on streams: what they learn, and how training resumes."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from senri_hf.interpretability import (
     ActivationStream,
     SparseAutoencoderTrainer,
     SparseAutoencoderTrainingArguments,
+    export_saelens,
+    import_saelens,
     reconstruction_metrics,
 )
 
@@ -66,18 +69,57 @@ def test_the_true_directions_are_found(tmp_path: Path) -> None:
 
 
 def test_a_resumed_training_goes_on_in_the_stream_and_learns_on(tmp_path: Path) -> None:
-    first = trainer(tmp_path, steps=40, save_strategy="steps", save_steps=20)
+    settings: dict[str, Any] = {"steps": 40, "save_strategy": "steps", "save_steps": 20}
+    first = trainer(tmp_path, **settings)
     first.train()
-    second = trainer(tmp_path, steps=40, save_strategy="steps", save_steps=20)
-    second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-20"))
+    place = tmp_path / "checkpoint-20" / "activation_stream.json"
+    saved = json.loads(place.read_text())
+    assert saved["consumed"] > 10 and saved["elapsed"]["seconds"] > 0
+    place.write_text(json.dumps(saved | {"elapsed": {"seconds": 1000.0, "cpu_seconds": 500.0}}))
+    second, starts = trainer(tmp_path, **settings), []
+
+    def recorded(start: int) -> Iterator[Tensor]:
+        starts.append(start)
+        return source(start)
+
+    second.stream.source = recorded
+    second.train(resume_from_checkpoint=str(place.parent))
+    assert starts[0] == saved["consumed"] and second.stream.fills > saved["fills"]
     assert second.state.global_step == 40
+    assert 1000 < second.elapsed()["seconds"] < 1000 + 60 and second.elapsed()["cpu_seconds"] > 500
     assert torch.equal(first.model.activation_scale, second.model.activation_scale)  # not fitted again
-    assert second.stream.fills > 1
-    ends = [t.state.log_history[-1]["train_loss"] for t in (first, second)]
-    assert all(end == end for end in ends)
-    (tmp_path / "checkpoint-20" / "activation_stream.json").unlink()
+    explained = [
+        reconstruction_metrics(sae.eval(), [sparse_data(2000, 7)])["explained_variance"]
+        for sae in (SparseAutoencoder.from_pretrained(place.parent), second.model, first.model)
+    ]
+    assert explained[1] > explained[0] + 0.02 and explained[1] == pytest.approx(explained[2], abs=0.05)
+    place.unlink()
     with pytest.raises(ValueError, match="no checkpoint of this trainer"):
-        trainer(tmp_path, steps=40).train(resume_from_checkpoint=str(tmp_path / "checkpoint-20"))
+        trainer(tmp_path, steps=40).train(resume_from_checkpoint=str(place.parent))
+
+
+@pytest.mark.parametrize("imported", [False, True])
+def test_training_goes_on_from_a_finished_or_imported_autoencoder(imported: bool, tmp_path: Path) -> None:
+    first = trainer(tmp_path, "jumprelu", steps=200)
+    first.train()
+    sae = first.model.eval()
+    if imported:  # with rows of different norms, as others have them
+        with torch.no_grad():
+            factors = torch.linspace(0.5, 2, 32)
+            sae.W_dec.mul_(factors[:, None])
+            for parameter in (sae.W_enc, sae.b_enc, sae.threshold):
+                parameter.div_(factors)
+        sae = import_saelens(export_saelens(sae, tmp_path / "lens"))
+    data, norms, scale = [sparse_data(2000, 7)], sae.W_dec.detach().norm(dim=-1), sae.activation_scale.clone()
+    before = reconstruction_metrics(sae, data)["explained_variance"]
+    again = SparseAutoencoderTrainingArguments(
+        output_dir=str(tmp_path), max_steps=3, learning_rate=1e-5, save_strategy="no", report_to="none",
+        disable_tqdm=True, use_cpu=True,
+    )  # fmt: skip
+    SparseAutoencoderTrainer(sae.train(), again, ActivationStream(source, 64, 1000)).train()
+    torch.testing.assert_close(sae.W_dec.detach().norm(dim=-1), norms)
+    assert torch.equal(sae.activation_scale, scale)
+    assert reconstruction_metrics(sae.eval(), data)["explained_variance"] == pytest.approx(before, abs=0.005)
 
 
 def test_dead_latents_are_resampled_to_where_the_error_is(tmp_path: Path) -> None:

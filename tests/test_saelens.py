@@ -42,7 +42,18 @@ def test_what_is_exported_is_imported_with_the_same_numbers(variant: str, tmp_pa
     torch.testing.assert_close(loaded.encode(X), sae.encode(X), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(loaded.decode(loaded.encode(X)), sae.decode(sae.encode(X)), rtol=1e-4, atol=1e-4)
     assert 0 < int((sae.encode(X) > 0).sum()) < 50 * 40
+    assert float(loaded.W_dec.detach().norm(dim=-1).mean()) == pytest.approx(1)
     assert not [path for path in tmp_path.iterdir() if path.suffix == ".tmp"]
+
+
+@every_variant
+def test_an_exported_decoder_has_its_scale_and_its_unit_rows_again(variant: str, tmp_path: Path) -> None:
+    sae = trained(variant)
+    sae.project()
+    loaded = import_saelens(export_saelens(sae, tmp_path))
+    torch.testing.assert_close(loaded.activation_scale, sae.activation_scale)
+    for name in ("W_enc", "W_dec", "b_dec"):
+        torch.testing.assert_close(getattr(loaded, name), getattr(sae, name))
 
 
 @every_variant
@@ -78,6 +89,19 @@ def test_conventions_of_others_are_brought_to_ours(tmp_path: Path) -> None:
     shifted = dict(tensors) | {"b_enc": tensors["b_enc"] - tensors["b_dec"] @ tensors["W_enc"]}
     save_file(shifted, tmp_path / "sae_weights.safetensors")
     torch.testing.assert_close(import_saelens(tmp_path).encode(X), latents, rtol=1e-4, atol=1e-4)
+
+
+def test_topk_without_k_is_refused(tmp_path: Path) -> None:
+    export_saelens(trained("topk"), tmp_path)
+    config = json.loads((tmp_path / "cfg.json").read_text())
+    del config["k"]
+    (tmp_path / "cfg.json").write_text(json.dumps(config))
+    assert import_saelens(tmp_path).config.k == 5  # our own files say it twice
+    del config["metadata"]["senri_hf"]
+    for given in ({}, {"k": None}, {"k": 0}):
+        (tmp_path / "cfg.json").write_text(json.dumps(config | given))
+        with pytest.raises(ValueError, match=r"k(=0| is None)"):
+            import_saelens(tmp_path)
 
 
 @pytest.mark.parametrize(

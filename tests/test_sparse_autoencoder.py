@@ -130,6 +130,27 @@ def test_scale_and_bias_fit_the_activations_and_change_no_reconstruction_error_e
             sae.fit_scale(wrong)
 
 
+@pytest.mark.parametrize("variant", ["jumprelu", "batchtopk"])
+def test_no_latent_is_negative_though_a_threshold_may_be(variant: str) -> None:
+    sae, x = build(variant).eval(), activations()
+    with torch.no_grad():
+        sae.threshold.fill_(-0.5)
+    latents = sae.encode(x)
+    assert bool((latents >= 0).all()) and bool((latents > 0).any())
+    torch.testing.assert_close(latents, as_tensor([reference_latents(sae, row) for row in x]))
+    torch.testing.assert_close(sae(x).latents, latents)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "factor", "count"),
+    [({"expansion_factor": 2.5}, 2.5, 20), ({"d_sae": 24}, 3, 24), ({"d_sae": 24, "expansion_factor": 8}, 3, 24)],
+)
+def test_the_number_of_latents_says_the_expansion(sizes: dict[str, Any], factor: float, count: int) -> None:
+    config = SparseAutoencoderConfig(d_in=8, k=2, **sizes)
+    assert (config.expansion_factor, config.d_sae) == (factor, count)
+    assert SparseAutoencoderConfig(**config.to_dict()).to_dict() == config.to_dict()
+
+
 def test_the_decoder_keeps_unit_norm_and_its_gradient_is_across() -> None:
     sae = build("relu").train()
     sae(activations()).loss.backward()

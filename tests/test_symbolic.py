@@ -152,6 +152,16 @@ def test_it_runs_in_bfloat16_and_keeps_the_logits_that_are_asked_for() -> None:
     assert greedy(half, IDS).shape == (2, 27)
 
 
+def test_a_static_cache_beyond_the_positions_is_refused_but_padding_takes_none() -> None:
+    model = build(max_position_embeddings=7)
+    ids, settings = IDS[:, :5], {"cache_implementation": "static", "do_sample": False, "pad_token_id": 0}
+    said = model.generate(ids, max_new_tokens=2, **settings)
+    with pytest.raises(ValueError, match=r"8 symbols were given, but max_position_embeddings=7"):
+        model.generate(ids, max_new_tokens=4, **settings)
+    padded, mask = torch.nn.functional.pad(ids, (4, 0)), torch.nn.functional.pad(torch.ones_like(ids), (4, 0))
+    assert torch.equal(model.generate(padded, attention_mask=mask, max_new_tokens=2, **settings)[:, 4:], said)
+
+
 def test_more_symbols_than_positions_are_refused_but_padding_takes_none() -> None:
     model = build(max_position_embeddings=7)
     with pytest.raises(ValueError, match=r"8 symbols were given, but max_position_embeddings=7.*rollout"):

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from chatting import byte_tokenizer
@@ -83,6 +84,15 @@ def test_no_activation_counts_as_unseen_that_is_of_something_trained_on(load: Lo
     assert judged["windows"].new.sum() == len(train.beginnings(task.windows(10)))
 
 
+@pytest.mark.parametrize("share", ["0", "1", "-0.5"])
+def test_nothing_held_out_is_refused_at_once(
+    load: Load, share: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        load("cyclic_sequence/train_cyclic.py").main(["--held-out", share, "--output", str(tmp_path / "out")])
+    assert "a share above 0 and below 1 is due" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 class Says:
     """Goes on with given symbols."""
 
@@ -114,7 +124,22 @@ def test_the_lorenz_system(load: Load, tmp_path: Path) -> None:
     load("lorenz_sequence/train_lorenz.py").main([*sizes, *model, "--output", str(tmp_path)])
     found = results(tmp_path)
     assert set(found["markov_loss"]) == {"1", "2", "4", "8"} and found["loss"] > 0
+    best = min(found["markov_loss"], key=lambda order: found["markov_loss"][order])
+    chains = {f"Markov chain of order {order}" for order in ("1", best)}
+    for compared in ("furthest", "jumps", "autocorrelation"):
+        assert {name for name in found[compared] if name.startswith("Markov")} == chains
     assert {path.name for path in tmp_path.glob("*.png")} == {"training.png", "autocorrelation.png"}
+
+
+@pytest.mark.parametrize("order", [1, 3])
+def test_a_chain_goes_on_by_its_last_symbols(load: Load, order: int) -> None:
+    lorenz = load("lorenz_sequence/train_lorenz.py")
+    cycle = np.resize([0, 1, 2, 2] if order == 3 else [0, 1, 2], (2, 400))
+    chain = lorenz.markov_chain(cycle, order)
+    assert chain.shape == (3**order, 3)
+    sure = (chain > 0.9).astype(float)  # what was never seen is left at thirds
+    said = lorenz.chain_sample(sure, cycle[:, :order], 50, seed=0)
+    assert np.array_equal(said, cycle[:, order : order + 50])
 
 
 def test_what_an_adapter_reads_is_ablated_beside_random_latents(
@@ -181,6 +206,30 @@ def test_the_page_of_results_is_what_its_figures_say(load: Load) -> None:
     assert (docs / "symbolic_results.md").read_text(encoding="utf-8") == "\n".join(lines) + "\n"
     shown = [line.split("(")[1].rstrip(")") for line in lines if line.startswith("![")]
     assert shown and all((docs / name).exists() for name in shown)
+
+
+def test_a_context_keeps_the_space_before_its_token_and_has_no_other_markup(load: Load) -> None:
+    marked = load("symbolic_results.py").marked
+    assert marked({"before": "the", "token": " huts", "after": " yonder"}) == "the <b>huts</b> yonder"
+    assert marked({"before": "I saw M", "token": "'", "after": "ling *|_"}) == "I saw M<b>'</b>ling \\*\\|\\_"
+    assert marked({"before": "end.", "token": "\n\n", "after": "A"}) == "end. <b>␣</b> A"
+
+
+def test_the_measured_autoencoder_is_that_of_the_documented_command(
+    load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    benchmark = load("symbolic.py")
+    docs = Path(benchmark.__file__).parents[1] / "docs" / "symbolic.md"
+    shown = next(
+        line for line in docs.read_text(encoding="utf-8").splitlines() if line.startswith("senri-hf sae train")
+    )
+    documented = vars(benchmark.build_parser().parse_args(shown.split("#")[0].split()[1:]))
+    settings = benchmark.settings_of_the_command()["train"]
+    assert settings == {name: documented[name] for name in settings}
+    # Where a default is another one, so is the folder.
+    folder = benchmark.language_model_folder()
+    monkeypatch.setattr("senri_hf.commands.sae.HELD_OUT_TEXT", ("dubliners",))
+    assert benchmark.language_model_folder() != folder
 
 
 def test_results_of_other_settings_are_not_taken(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:

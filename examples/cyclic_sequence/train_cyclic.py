@@ -167,7 +167,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--rollout-length", type=int, default=72)
     add("--seed", type=int, default=0)
     add("--output", type=Path, default=Path("checkpoints/cyclic"))
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if not 0 < args.held_out < 1:
+        parser.error(f"--held-out {args.held_out}: a share above 0 and below 1 is due, as both parts are needed")
+    return args
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

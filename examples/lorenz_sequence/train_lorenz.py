@@ -5,7 +5,7 @@
 The equations are integrated, and x is read every tenth of a time unit: 0 and 2 are the wings of the attractor, 1 the
 passage between them. Training and testing use different trajectories. The loss on the test trajectories is compared
 with Markov chains that count what follows the last few symbols. Then symbols are drawn from the model, and their
-autocorrelation is compared with that of the test trajectories, and with that of a chain that sees one symbol.
+autocorrelation is compared with that of the test trajectories, and with those of the shortest chain and of the best.
 
 Writes the model, `results.json` and two figures into `--output`.
 """
@@ -73,11 +73,13 @@ def chain_loss(training: NDArray[np.int64], testing: NDArray[np.int64], order: i
 
 
 def chain_sample(chain: NDArray[np.float64], first: NDArray[np.int64], steps: int, seed: int) -> NDArray[np.int64]:
-    """Sequences [rows, steps] of a chain of order 1 after first symbols [rows]."""
-    rng, said = np.random.default_rng(seed), [first]
+    """Sequences [rows, steps] of a chain after first symbols [rows, order]."""
+    rng, said = np.random.default_rng(seed), []
+    code = first @ SYMBOLS ** np.arange(first.shape[1])[::-1]
     for _ in range(steps):
-        said.append((rng.random((len(first), 1)) > chain[said[-1]].cumsum(1)).sum(1).clip(max=SYMBOLS - 1))
-    return np.stack(said[1:], axis=1)
+        said.append((rng.random((len(first), 1)) > chain[code].cumsum(1)).sum(1).clip(max=SYMBOLS - 1))
+        code = (code * SYMBOLS + said[-1]) % len(chain)
+    return np.stack(said, axis=1)
 
 
 @torch.no_grad()
@@ -155,9 +157,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     first = torch.from_numpy(testing[:, : args.block])
     said = model.rollout(first, args.length - args.block, do_sample=True)[:, args.block :].numpy()
-    chain = chain_sample(markov_chain(training, 1), testing[:, args.block - 1], said.shape[1], args.seed)
     true = testing[:, args.block :]
-    shown = {"test trajectories": true, "transformer": said, "Markov chain of order 1": chain}
+    markov_loss = {order: chain_loss(training, testing, order, args.block) for order in ORDERS}
+    shown = {"test trajectories": true, "transformer": said}
+    for order in sorted({min(ORDERS), min(markov_loss, key=lambda order: markov_loss[order])}):
+        begun = testing[:, args.block - order : args.block]
+        chain = chain_sample(markov_chain(training, order), begun, said.shape[1], args.seed)
+        shown[f"Markov chain of order {order}"] = chain
     correlations = {name: autocorrelation(sequences, args.lags) for name, sequences in shown.items()}
     # How far two samples of the system itself, of this size, are apart.
     again = autocorrelation(training[: len(true), args.block :], args.lags)
@@ -165,7 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     result: dict[str, Any] = {
         "settings": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
         "loss": model_loss(model, testing, args.block),
-        "markov_loss": {str(order): chain_loss(training, testing, order, args.block) for order in ORDERS},
+        "markov_loss": {str(order): loss for order, loss in markov_loss.items()},
         "autocorrelation": {name: values.tolist() for name, values in correlations.items()},
         "furthest": {
             name: float(np.abs(values - reference).max())

@@ -1,10 +1,11 @@
 """`senri-hf sae`: train a sparse autoencoder on a model's layer, measure it, read its latents, exchange it."""
 
 import argparse
+import hashlib
 import json
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +17,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-# Of every so many pieces of text one is kept from training, to measure on.
-HELD_OUT_EVERY = 10
-# What training writes beside the autoencoder.
-TRAINING = "training.json"
+# What is read where nothing else is said. What is measured on is another book: pieces of one book share its people and
+# places.
+TRAINING_TEXT = ("doctor-moreau", "dubliners", "brother-jacob")
+HELD_OUT_TEXT = ("heart-of-darkness",)
+# What training writes beside the autoencoder: before its first step, and after its last.
+SETTINGS, TRAINING = "settings.json", "training.json"
+# Arguments that are no settings of a training, and those that may change when it is resumed.
+NO_SETTINGS, CHANGEABLE = ("run", "output", "resume"), ("steps", "save_every")
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -28,37 +33,41 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
 
     train = actions.add_parser("train", help="train one on real text")
-    add_text(train)
+    add_text(train, TRAINING_TEXT)
     add = train.add_argument
     add("--model", default="smollm2-135m-instruct", help="a base model by name, a folder, or a Hub id")
     add("--module", required=True, help="module whose output it is for, such as model.layers.8")
     add("--output", type=Path, required=True, help="folder to write")
     add("--variant", choices=VARIANTS, default="batchtopk")
-    add("--expansion-factor", type=float, default=8)
+    add("--expansion-factor", type=float, default=4, help="latents per dimension")
     add("--k", type=int, default=32, help="active latents, for topk and batchtopk")
     add("--sparsity-coefficient", type=float, default=1.0, help="penalty, for relu, jumprelu and gated")
     add("--skip-positions", type=int, default=1, help="first tokens of a piece that it is not for: attention sinks")
-    add("--steps", type=int, default=1000)
-    add("--batch-size", type=int, default=2048, help="activations of a step")
-    add("--buffer-size", type=int, default=200_000, help="activations held in memory to be shuffled")
-    add("--reuse", type=int, default=4, help="how often each activation is used before the text is read on")
+    add("--steps", type=int, default=500)
+    add("--batch-size", type=int, default=1024, help="activations of a step")
+    add("--buffer-size", type=int, default=80_000, help="activations held in memory to be shuffled")
+    add("--reuse", type=int, default=7, help="how often each activation is used before the text is read on")
     add("--lr", type=float, default=1e-3)
     add("--seed", type=int, default=0)
-    add("--save-every", type=int, default=200, help="steps between checkpoints")
-    add("--resume", action="store_true", help="go on at the last checkpoint in the folder, if there is one")
+    add("--save-every", type=int, default=250, help="steps between checkpoints")
+    add(
+        "--resume",
+        action="store_true",
+        help="go on at the last checkpoint in the folder, if there is one; only --steps and --save-every may be others",
+    )
     train.set_defaults(run=run_train)
 
     measure = actions.add_parser("evaluate", help="measure one on text that training did not see")
     measure.add_argument("sae", type=Path, help="its folder")
-    add_text(measure)
+    add_text(measure, HELD_OUT_TEXT)
     measure.add_argument("--model", help="the model that it was trained on, where it does not say so itself")
-    measure.add_argument("--pieces", type=int, default=32, help="held-out pieces to measure on, drawn at random")
+    measure.add_argument("--pieces", type=int, default=64, help="pieces of it to measure on, drawn at random")
     measure.add_argument("--output", type=Path, help="JSON file to write")
     measure.set_defaults(run=run_evaluate)
 
     contexts = actions.add_parser("contexts", help="show where latents are most active")
     contexts.add_argument("sae", type=Path, help="its folder")
-    add_text(contexts)
+    add_text(contexts, HELD_OUT_TEXT)
     contexts.add_argument("--model", help="the model that it was trained on, where it does not say so itself")
     contexts.add_argument("--latents", type=int, nargs="*", help="which; a sample of the living ones when not said")
     contexts.add_argument("--count", type=int, default=20, help="latents in the sample")
@@ -74,38 +83,46 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         exchange.set_defaults(run=run_export if name == "export" else run_import)
 
 
-def add_text(parser: argparse.ArgumentParser) -> None:
+def add_text(parser: argparse.ArgumentParser, default: Sequence[str]) -> None:
     """The arguments that say how which text is read."""
     add = parser.add_argument
     add("--dtype", default="float32", choices=("float32", "bfloat16"))
-    add("--text", nargs="*", default=["doctor-moreau", "dubliners", "heart-of-darkness", "brother-jacob"],
-        help="names of senri_hf.tasks.text, or text files")  # fmt: skip
+    add("--text", nargs="+", default=[*default], help="names of senri_hf.tasks.text, or text files")
     add("--piece", type=int, default=256, help="tokens that are read together")
     add("--rows", type=int, default=8, help="pieces in a batch")
 
 
-def pieces(arguments: argparse.Namespace, tokenizer: Any) -> "tuple[list[Tensor], list[Tensor]]":
-    """Pieces of text [piece] to train on, and those kept from it."""
-    import torch
-
+def texts(sources: Sequence[str]) -> dict[str, str]:
+    """Texts by their names in `senri_hf.tasks.text`, or the whole paths of their files."""
     from ..tasks.text import TEXT_SOURCES, ordinary_text
 
-    training: list[Tensor] = []
-    kept: list[Tensor] = []
-    for source in arguments.text:
+    found = {}
+    for source in sources:
         if source in TEXT_SOURCES:
-            text = "\n\n".join(ordinary_text(source))
+            found[source] = "\n\n".join(ordinary_text(source))
         elif Path(source).is_file():
-            text = Path(source).read_text(encoding="utf-8")
+            found[str(Path(source).resolve())] = Path(source).read_text(encoding="utf-8")
         else:
             raise ValueError(f"--text {source!r} is neither a file nor one of {', '.join(TEXT_SOURCES)}")
+    return found
+
+
+def digests(of: dict[str, str]) -> dict[str, str]:
+    """What tells a text from any other, whatever its name."""
+    return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in of.items()}
+
+
+def pieces(of: dict[str, str], tokenizer: Any, length: int) -> "list[Tensor]":
+    """Texts as ids, in pieces [length]; what is left at the end of each is shorter, and left out."""
+    import torch
+
+    cut: list[Tensor] = []
+    for text in of.values():
         ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-        for index, piece in enumerate(ids.split(arguments.piece)):
-            if len(piece) == arguments.piece:
-                (kept if index % HELD_OUT_EVERY == HELD_OUT_EVERY - 1 else training).append(piece)
-    if not kept:
-        raise ValueError(f"The text is shorter than {HELD_OUT_EVERY} pieces of {arguments.piece} tokens")
-    return training, kept
+        cut += [piece for piece in ids.split(length) if len(piece) == length]
+    if not cut:
+        raise ValueError(f"--text {' '.join(of)} is shorter than one piece of {length} tokens")
+    return cut
 
 
 def drawn(of: "list[Tensor]", count: int | None) -> "list[Tensor]":
@@ -147,9 +164,13 @@ def run_train(arguments: argparse.Namespace) -> int:
     )
 
     began = time.perf_counter(), time.process_time()
+    read = texts(arguments.text)
+    settings = {name: value for name, value in vars(arguments).items() if name not in (*NO_SETTINGS, "text")}
+    settings["text"] = digests(read)
+    check_folder(arguments.output, settings, arguments.resume)
     model, tokenizer = load(arguments)
     set_seed(arguments.seed)
-    training, _ = pieces(arguments, tokenizer)
+    training = pieces(read, tokenizer, arguments.piece)
     order = torch.randperm(len(training), generator=torch.Generator().manual_seed(arguments.seed))
     shuffled = batches([training[index] for index in order.tolist()], arguments.rows)
 
@@ -168,7 +189,7 @@ def run_train(arguments: argparse.Namespace) -> int:
         model_name=arguments.model,
         hook_name=arguments.module,
     )
-    settings = SparseAutoencoderTrainingArguments(
+    training_arguments = SparseAutoencoderTrainingArguments(
         output_dir=str(arguments.output),
         max_steps=arguments.steps,
         learning_rate=arguments.lr,
@@ -184,26 +205,42 @@ def run_train(arguments: argparse.Namespace) -> int:
     )
     # The time to load the model and to read the text counts as well.
     setup = {"seconds": time.perf_counter() - began[0], "cpu_seconds": time.process_time() - began[1]}
-    trainer = SparseAutoencoderTrainer(SparseAutoencoder(config), settings, stream)
-    last = get_last_checkpoint(str(arguments.output)) if arguments.resume and arguments.output.is_dir() else None
-    trainer.train(resume_from_checkpoint=last)
+    trainer = SparseAutoencoderTrainer(SparseAutoencoder(config), training_arguments, stream)
+    write_json(arguments.output / SETTINGS, settings)
+    # In a folder that is not resumed there is none.
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(arguments.output)))
     trainer.save_model()
     found = {name: setup[name] + taken for name, taken in trainer.elapsed().items()}
-    of_text = {"text": arguments.text, "piece": arguments.piece}
-    write_json(arguments.output / TRAINING, {**found, **of_text, "log": trainer.state.log_history})
+    write_json(arguments.output / TRAINING, {**found, "log": trainer.state.log_history})
     print(f"{arguments.output}")
     return 0
 
 
+def check_folder(folder: Path, settings: dict[str, Any], resume: bool) -> None:
+    """ValueError when a folder is in use and is not to be resumed, or is of another training than settings say."""
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not resume:
+        raise ValueError(f"{folder} is in use: go on with --resume, or name another folder")
+    if not (folder / SETTINGS).is_file():
+        raise ValueError(f"{folder} has no {SETTINGS}: there is no training in it that could be resumed")
+    before = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    names = [name for name in settings if name not in CHANGEABLE and settings[name] != before.get(name)]
+    if names:
+        changed = ", ".join(f"{name}={before.get(name)!r}, not {settings[name]!r}" for name in names)
+        raise ValueError(f"{folder} holds a training with {changed}: name another folder")
+
+
 def run_evaluate(arguments: argparse.Namespace) -> int:
-    """Measure an autoencoder on held-out pieces."""
+    """Measure an autoencoder on text that training did not see."""
     from ..interpretability import SparseAutoencoder, module_activations, prediction_metrics, reconstruction_metrics
 
     sae = SparseAutoencoder.from_pretrained(arguments.sae).eval()
-    check_held_out(arguments)
+    read = texts(arguments.text)
+    check_held_out(arguments.sae, read)
     arguments.model = model_name(sae, arguments.model)
     model, tokenizer = load(arguments)
-    held_out = batches(drawn(pieces(arguments, tokenizer)[1], arguments.pieces), arguments.rows)
+    held_out = batches(drawn(pieces(read, tokenizer, arguments.piece), arguments.pieces), arguments.rows)
     place, skip = hook_name(sae), sae.config.skip_positions
     found = reconstruction_metrics(sae, module_activations(model, place, held_out, skip_positions=skip))
     density = found.pop("density")
@@ -223,14 +260,14 @@ def run_contexts(arguments: argparse.Namespace) -> int:
 
     sae = SparseAutoencoder.from_pretrained(arguments.sae).eval()
     arguments.model = model_name(sae, arguments.model)
+    read = texts(arguments.text)
     model, tokenizer = load(arguments)
-    training, kept = pieces(arguments, tokenizer)
     shown = top_contexts(
         model,
         tokenizer,
         hook_name(sae),
         sae,
-        batches(drawn(training + kept, arguments.pieces), arguments.rows),
+        batches(drawn(pieces(read, tokenizer, arguments.piece), arguments.pieces), arguments.rows),
         latents=arguments.latents,
         count=arguments.count,
         top=arguments.top,
@@ -244,16 +281,13 @@ def run_contexts(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def check_held_out(arguments: argparse.Namespace) -> None:
-    """ValueError when the text would be cut in other pieces than it was for training: those kept from it are others."""
-    path = arguments.sae / TRAINING
-    trained = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    same_text = set(arguments.text) & set(trained.get("text", ()))
-    if same_text and trained["piece"] != arguments.piece:
-        raise ValueError(
-            f"--piece {arguments.piece} was given, but the autoencoder was trained on pieces of {trained['piece']}: "
-            "pieces of another size would hold text that it was trained on"
-        )
+def check_held_out(folder: Path, read: dict[str, str]) -> None:
+    """ValueError when an autoencoder was trained on a text, by whatever name it goes."""
+    path = folder / SETTINGS
+    trained = json.loads(path.read_text(encoding="utf-8"))["text"] if path.is_file() else {}
+    seen = [name for name, digest in digests(read).items() if digest in trained.values()]
+    if seen:
+        raise ValueError(f"--text {' '.join(seen)} was given, but the autoencoder was trained on it: name another text")
 
 
 def model_name(sae: Any, given: str | None) -> str:

@@ -18,7 +18,7 @@ class SparseAutoencoderConfig(PreTrainedConfig):
 
     Args:
         d_in: Width of the activations.
-        expansion_factor: Latents per dimension of the activations.
+        expansion_factor: Latents per dimension of the activations. Where `d_sae` is given, that says it.
         d_sae: Number of latents; `expansion_factor * d_in` when None.
         variant: `"relu"` (L1 penalty), `"topk"`, `"batchtopk"`, `"jumprelu"` (L0 penalty) or `"gated"`.
         k: Latents active per activation: exactly for `"topk"`, on average over a batch for `"batchtopk"`. Not read by
@@ -60,6 +60,8 @@ class SparseAutoencoderConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if self.d_sae is None:
             self.d_sae = round(self.expansion_factor * self.d_in)
+        elif self.d_in > 0:
+            self.expansion_factor = self.d_sae / self.d_in
         if self.auxiliary_k is None:
             self.auxiliary_k = max(1, self.d_in // 2)
         super().__post_init__(**kwargs)

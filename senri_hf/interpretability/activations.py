@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
-from .hooks import captured
+from .hooks import by_column, captured
 
 
 Batch = dict[str, Any]
@@ -34,7 +34,9 @@ def module_activations(
     """What a module returns for the real tokens of batches, [tokens, d] for each.
 
     Args:
-        module: Its dotted name, or itself; its first output is looked at, [B, T, d].
+        module: Its dotted name, or itself; its first output is looked at, [B, T, d], or [B T, d] as experts and some
+            MLPs give it. Modules that see other tokens than `input_ids` (the encoder of an encoder-decoder) are not
+            supported.
         batches: Arguments of the model, with `input_ids` [B, T] and `attention_mask` where there is padding.
         skip_positions: Real tokens at the start of every row that are left out.
         start: Batches to pass over without running the model.
@@ -48,7 +50,8 @@ def module_activations(
             (run or (lambda inputs: model(**inputs)))(batch)
         if len(outputs) != 1:
             raise ValueError(f"The module was reached {len(outputs)} times for one batch, where once was expected")
-        yield outputs[0][real_positions(batch, skip_positions).to(outputs[0].device)]
+        real = real_positions(batch, skip_positions)
+        yield by_column(outputs[0], *real.shape)[real.to(outputs[0].device)]
 
 
 class ActivationStream(IterableDataset[dict[str, Tensor]]):

@@ -2,12 +2,14 @@
 
 import contextlib
 import difflib
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.generation.utils import ALL_CACHE_NAMES
 
 
 # What PEFT puts before the names of a model's modules.
@@ -153,26 +155,90 @@ class Columns:
             self.seen = ids if cached is None else None
 
 
+class CacheColumns:
+    """How many columns of a text caches hold: as they say, or as seen, since those of state-space models cannot say."""
+
+    def __init__(self) -> None:
+        self.counted: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+
+    def of(self, cache: Any) -> int:
+        """Columns that a cache holds.
+
+        Raises:
+            ValueError: when it does not say so, and was filled where nobody counted.
+        """
+        if self._says(cache):
+            return int(cache.get_seq_length())
+        if cache in self.counted:
+            return self.counted[cache]
+        if hasattr(cache, "has_previous_state") and not cache.has_previous_state():
+            return 0
+        raise ValueError(
+            f"A {type(cache).__name__} was given that holds a text already and does not say how long it is: which "
+            "tokens stand where cannot be told. Begin with an empty cache inside the `with` block"
+        )
+
+    def note(self, cache: Any, columns: int) -> None:
+        """Remember what a cache holds that cannot say so; a list of tensors is no cache that could be known again."""
+        if not self._says(cache):
+            with contextlib.suppress(TypeError):
+                self.counted[cache] = columns
+
+    @staticmethod
+    def _says(cache: Any) -> bool:
+        # Without a layer of attention there is nothing that could be counted.
+        return hasattr(cache, "get_seq_length") and not (getattr(cache, "is_linear", None) and all(cache.is_linear))
+
+
+def cache_in(values: dict[str, Any]) -> Any:
+    """The cache among a model's arguments or in its output, whatever the model calls it; None where there is none."""
+    return next((values[name] for name in ALL_CACHE_NAMES if values.get(name) is not None), None)
+
+
 @contextlib.contextmanager
 def tracked_columns(model: nn.Module, prompt_length: int | None = None) -> Iterator[Columns]:
     """Inside, the returned `Columns` follow the model's forward passes."""
-    columns = Columns(given=prompt_length)
+    columns, caches = Columns(given=prompt_length), CacheColumns()
     get_decoder: Any = getattr(model, "get_decoder", None)
     decoder = None if get_decoder is None else get_decoder()
     reader = decoder if isinstance(decoder, nn.Module) else model
 
-    def note(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
         if ids is None and embeds is None and args:
             ids = args[0]
         if ids is None and embeds is None:
             raise ValueError("The model was called without input_ids and inputs_embeds, so no position is known")
-        cache = kwargs.get("past_key_values")
-        cached = None if cache is None else int(cache.get_seq_length())
-        columns.note(ids, embeds, cached, kwargs.get("attention_mask"))
+        cache = cache_in(kwargs)
+        columns.note(ids, embeds, None if cache is None else caches.of(cache), kwargs.get("attention_mask"))
 
-    handle = reader.register_forward_pre_hook(note, with_kwargs=True)
+    def after(_module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        cache = cache_in({**kwargs, **(output if isinstance(output, dict) else {})})
+        if cache is not None:
+            caches.note(cache, columns.start + columns.length)
+
+    handles = [
+        reader.register_forward_pre_hook(before, with_kwargs=True),
+        reader.register_forward_hook(after, with_kwargs=True),
+    ]
     try:
         yield columns
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
+
+
+def by_column(activations: Tensor, rows: int, length: int) -> Tensor:
+    """Activations [B, T, d] of a pass over B rows of T columns, from modules too that take all tokens as one list.
+
+    Raises:
+        ValueError: when they are neither [B, T, d] nor [B T, d].
+    """
+    if activations.dim() == 2 and activations.shape[0] == rows * length:
+        return activations.unflatten(0, (rows, length))
+    if activations.dim() != 3 or activations.shape[:2] != (rows, length):
+        raise ValueError(
+            f"The module returned {list(activations.shape)} where [{rows}, {length}, d] was expected: which of its "
+            "tokens stand where cannot be told"
+        )
+    return activations

@@ -3,11 +3,13 @@
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .hooks import Columns, replaced_output, tracked_columns
+from .hooks import Columns, by_column, replaced_output, tracked_columns
 from .sparse_autoencoder import SparseAutoencoder, check_latents
 
 
@@ -102,18 +104,20 @@ def intervene(
 
     Args:
         model: Any Hugging Face model.
-        module: A module of it, by dotted name or itself, whose first output is [B, T, d_in]: a decoder layer, an
-            attention's or MLP's output, the reader of a memory, …; None for the autoencoder's `hook_name`.
+        module: A module of it, by dotted name or itself, whose first output is [B, T, d_in] or [B T, d_in]: a decoder
+            layer, an attention's or MLP's output, experts, the reader of a memory, …, of the tokens that the decoder
+            reads; None for the autoencoder's `hook_name`.
         edits: Applied in this order.
         positions: Where: `"all"`; `"prompt"`; `"generated"`, the tokens that `generate()` feeds back; columns of the
-            text, negative ones counted from the end of the prompt; or a bool tensor [B, T] over columns of the prompt.
-            Padding counts as columns, as in `input_ids`.
+            text, negative ones counted from the end of the prompt, which must have them; or a bool tensor [B, T] over
+            columns of the prompt. Padding counts as columns, as in `input_ids`.
         rows: For every row of the prompt batch whether it is edited; all are when None. Where `generate()` repeats rows
             (beams, return sequences), that is said of all copies of a row.
         keep_error: Whether what the autoencoder does not explain stays; False puts dec(g) in the place of t.
         direction_seed: Of a random direction that the change of t gets in place of its own, at the same length: a
             control for what any change as large would do.
-        prompt_length: Columns of the prompt, when it is read in several pieces; the first forward pass when None.
+        prompt_length: Columns of the prompt, where the first forward pass does not read all of it and nothing else;
+            that pass when None.
 
     Raises:
         ValueError: when a setting is of no use, at once; in the forward pass when the activations do not fit.
@@ -121,14 +125,7 @@ def intervene(
     chosen = [edits] if isinstance(edits, Edit) else list(edits)
     for edit in chosen:
         check_latents(edit.indices, sae)
-    if isinstance(positions, str) and positions not in ("all", "prompt", "generated"):
-        raise ValueError(
-            f"positions={positions!r} was given, but they are 'all', 'prompt', 'generated', columns, or a bool tensor"
-        )
-    if isinstance(positions, Tensor) and (positions.dtype != torch.bool or positions.dim() != 2):
-        raise ValueError(
-            f"positions of {positions.dtype} {list(positions.shape)}: a bool tensor [rows, columns] is due"
-        )
+    check_positions(positions)
     chosen_rows = None if rows is None else torch.as_tensor(rows)
     if chosen_rows is not None and (chosen_rows.dtype != torch.bool or chosen_rows.dim() != 1):
         raise ValueError(f"rows={rows!r} was given, but a bool for every row of the prompt batch is due")
@@ -146,6 +143,25 @@ def intervene(
 
         with replaced_output(model, place, edited):
             yield
+
+
+def check_positions(positions: Any) -> None:
+    """ValueError when they are nothing that `intervene` takes."""
+    if isinstance(positions, Tensor):
+        if positions.dtype != torch.bool or positions.dim() != 2:
+            raise ValueError(
+                f"positions of {positions.dtype} {list(positions.shape)}: a bool tensor [rows, columns] is due"
+            )
+        return
+    named = isinstance(positions, str) and positions in ("all", "prompt", "generated")
+    columns = isinstance(positions, Sequence) and all(
+        isinstance(column, Integral) and not isinstance(column, bool) for column in positions
+    )
+    if not named and not columns:
+        raise ValueError(
+            f"positions={positions!r} was given, but they are 'all', 'prompt', 'generated', a list of columns as "
+            "integers, or a bool tensor"
+        )
 
 
 @dataclass
@@ -173,7 +189,12 @@ class Where:
         elif self.positions == "generated":
             chosen = (column >= columns.prompt)[None]
         else:
-            wanted = [int(at) + columns.prompt if int(at) < 0 else int(at) for at in self.positions]
+            assert not isinstance(self.positions, str)
+            wanted = [at + columns.prompt if at < 0 else at for at in self.positions]
+            if min(wanted, default=0) < 0:
+                raise ValueError(
+                    f"positions={[*self.positions]} were given, but the prompt has {columns.prompt} columns only"
+                )
             chosen = torch.isin(column, torch.tensor(wanted, dtype=torch.long))[None]
         if self.rows is not None:
             chosen = chosen & expanded(self.rows.cpu(), columns.rows, "rows")[:, None]
@@ -207,12 +228,9 @@ def edited_activations(
     keep_error: bool,
     direction: Tensor | None,
 ) -> Tensor | None:
-    """What takes the place of activations [B, T, d_in]; None where nothing is edited."""
-    if activations.dim() != 3 or activations.shape[:2] != (columns.rows, columns.length):
-        raise ValueError(
-            f"The module returned {list(activations.shape)} where [{columns.rows}, {columns.length}, "
-            f"{sae.config.d_in}] was expected: which of its tokens stand where cannot be told"
-        )
+    """What takes the place of activations [B, T, d_in] or [B T, d_in], in their shape; None where nothing is edited."""
+    shape = activations.shape
+    activations = by_column(activations, columns.rows, columns.length)
     chosen = where.chosen(columns)
     if chosen is not None and not bool(chosen.any()):
         return None
@@ -222,7 +240,7 @@ def edited_activations(
     if direction is not None:
         length = (result - activations).norm(dim=-1, keepdim=True)
         result = activations + length * direction.to(activations)
-    return result if mask is None else torch.where(mask[..., None], result, activations)
+    return (result if mask is None else torch.where(mask[..., None], result, activations)).reshape(shape)
 
 
 def edited_latents(

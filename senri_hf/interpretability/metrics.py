@@ -87,10 +87,12 @@ def prediction_metrics(
         own = log_probabilities(run, batch)
 
         def reconstructed(x: Tensor, mask: Tensor = mask) -> Tensor:
-            return torch.where(mask.to(x.device), sae(x).reconstruction.to(x.dtype), x)
+            return torch.where(
+                mask.to(x.device).view(*x.shape[:-1], 1), sae.decode(sae.encode(x.to(sae.device))).to(x), x
+            )
 
         def zeroed(x: Tensor, mask: Tensor = mask) -> Tensor:
-            return torch.where(mask.to(x.device), torch.zeros_like(x), x)
+            return torch.where(mask.to(x.device).view(*x.shape[:-1], 1), torch.zeros_like(x), x)
 
         targets = batch["input_ids"][:, 1:].to(own.device)
         predicted, counted = (real[:, 1:] & counted[:, :-1]).to(own.device), counted.to(own.device)

@@ -71,7 +71,9 @@ def export_saelens(sae: SparseAutoencoder, folder: str | Path) -> Path:
 
 @torch.no_grad()
 def import_saelens(folder: str | Path) -> SparseAutoencoder:
-    """Read an autoencoder that SAELens, or `export_saelens`, wrote.
+    """Read an autoencoder that SAELens, or `export_saelens`, wrote; latents are as strong as they are there.
+
+    Its activation scale is what gives rows of `W_dec` a mean norm of 1; the norms of SAELens' own rows can differ.
 
     Raises:
         ValueError: when it is damaged, or of a kind that has no counterpart here, naming what.
@@ -97,12 +99,15 @@ def import_saelens(folder: str | Path) -> SparseAutoencoder:
         raise ValueError(f"{folder / WEIGHTS_FILE} is damaged: {error}") from error
     check_tensors(folder, architecture, config, tensors)
     ours = metadata.get("senri_hf") or {}
+    k = config.get("k", ours.get("k"))
+    if architecture == "topk" and not isinstance(k, int):
+        raise ValueError(f"{folder / CONFIG_FILE} is damaged: k is {k!r}")
     sae = SparseAutoencoder(
         SparseAutoencoderConfig(
             d_in=config["d_in"],
             d_sae=config["d_sae"],
             variant=VARIANTS[architecture],
-            k=int(config.get("k") or ours.get("k") or 1),
+            **({} if k is None else {"k": k}),
             model_name=metadata.get("model_name"),
             hook_name=metadata.get("hook_name"),
             skip_positions=int(ours.get("skip_positions") or 0),
@@ -121,8 +126,12 @@ def import_saelens(folder: str | Path) -> SparseAutoencoder:
                 tensors[name] = tensors[name] + shift
         if "b_mag" in tensors:
             tensors["b_mag"] = tensors["b_mag"] + shift * tensors["r_mag"].exp()
+    size = tensors["W_dec"].norm(dim=-1).mean()
+    scale = torch.where(size > 0, 1 / size, 1.0)
+    tensors |= {name: tensors[name] * scale for name in ("W_dec", "b_dec")} | {"W_enc": tensors["W_enc"] / scale}
     for name, tensor in tensors.items():
         getattr(sae, name).copy_(tensor)
+    sae.activation_scale.copy_(scale)
     return sae.eval()
 
 

@@ -9,24 +9,26 @@ With x the activation times a fixed scale, and rows of W_dec of unit norm:
     relu       f = max(z, 0)                    loss + c |f|_1                    Bricken et al. 2023
     topk       f = max(z, 0) of the k largest   loss + a |e - ê|²                 Gao et al. 2024, 2406.04093
     batchtopk  the k B largest of a batch of B  the same                          Bussmann et al. 2024, 2412.06410
-    jumprelu   f = z where z > θ, else 0        loss + c |f|_0                    Rajamanoharan et al. 2024, 2407.14435
+    jumprelu   f = max(z, 0) where z > θ        loss + c |f|_0                    Rajamanoharan et al. 2024, 2407.14435
     gated      f = 1[π > 0] max(m, 0)           loss + c |max(π, 0)|_1 + frozen   Rajamanoharan et al. 2024, 2404.16014
 
 where the loss is |x - x̂|², e = x - x̂ and ê its reconstruction by dead latents, π = (x - b_dec) W_enc + b_gate and
 m = (x - b_dec) W_enc exp(r_mag) + b_mag. `sparse_autoencoder_reference` says the same one activation at a time.
 """
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from ..configuration.sparse_autoencoder import SparseAutoencoderConfig
+from ..memory.fingerprint import public_name
+from ..modeling.card import About, ModelWithCard
 
 
 SMALLEST_NORM = 1e-8
@@ -55,7 +57,7 @@ class SparseAutoencoderOutput(ModelOutput):
     reconstruction: Tensor | None = None
 
 
-class SparseAutoencoder(PreTrainedModel):
+class SparseAutoencoder(ModelWithCard):
     """A sparse autoencoder of the activations of a module.
 
     Parameters are named as SAELens names them. `activation_scale` multiplies activations before they are encoded and
@@ -88,7 +90,7 @@ class SparseAutoencoder(PreTrainedModel):
             # What lets the same number of latents through as the batches of training did, for single activations.
             self.register_buffer("threshold", torch.zeros(()))
         self.register_buffer("activation_scale", torch.ones(()))
-        # Activations seen since each latent was last active; an int64 count would be cast with the weights.
+        # Activations seen since each latent was last active. An integer: what is not would be cast with the weights.
         self.register_buffer("silent_for", torch.zeros(config.d_sae, dtype=torch.long))
         self._dead: Tensor | None = None  # indices
         self.post_init()
@@ -111,21 +113,41 @@ class SparseAutoencoder(PreTrainedModel):
         init.ones_(self.activation_scale)
         init.zeros_(self.silent_for)
 
+    def about(self) -> About:
+        config = self.config
+        model = None if config.model_name is None else public_name(config.model_name)
+        return About(
+            text="A sparse autoencoder: activations of a module of another model as sums of few directions.",
+            facts={
+                "of the model": None if model is None else f"`{model}`",
+                "of the module": None if config.hook_name is None else f"`{config.hook_name}`",
+                "variant": config.variant,
+                "active latents (k)": config.k if config.variant in ("topk", "batchtopk") else None,
+                "width of the activations": config.d_in,
+                "latents": f"{config.d_sae:,}",
+                "tokens at the start of a text that it is not for": config.skip_positions,
+            },
+            usage=f"""from senri_hf.interpretability import module_activations
+
+sae = senri_hf.SparseAutoencoder.from_pretrained("this folder or repository").eval()
+model, tokenizer = senri_hf.load_base({json.dumps(model or "the model")})
+batch = tokenizer("What is read here?", return_tensors="pt")
+module, skip = {json.dumps(config.hook_name or "the module")}, sae.config.skip_positions
+(activations,) = module_activations(model, module, [batch], skip_positions=skip)
+latents = sae.encode(activations)  # [tokens, latents]: how strongly each is active, most are 0
+directions = sae.W_dec  # [latents, width]: what each adds; top_contexts() shows where each is active""",
+            tags=("sparse-autoencoder",),
+        )
+
     # What it computes.
 
     def encode(self, activations: Tensor) -> Tensor:
         """Latents [..., d_sae] of activations [..., d_in], each by itself: `batchtopk` uses its threshold."""
         self._check_width(activations)
         centred = self._scaled(activations) - self.b_dec
-        variant = self.config.variant
-        if variant == "gated":
+        if self.config.variant == "gated":
             return self._gated(centred)[0]
-        z = centred @ self.W_enc + self.b_enc
-        if variant == "topk":
-            return keep_largest(z.relu(), self.config.k)
-        if variant in ("batchtopk", "jumprelu"):
-            return (z * (z > self.threshold)).relu()
-        return z.relu()
+        return self._activate(centred @ self.W_enc + self.b_enc)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Reconstructions [..., d_in] of latents [..., d_sae]."""
@@ -161,7 +183,12 @@ class SparseAutoencoder(PreTrainedModel):
             auxiliary = squared_error(frozen, target)
         else:
             z = centred @ self.W_enc + self.b_enc
-            latents, sparsity = self._activate(z, zero)
+            over_the_batch = config.variant == "batchtopk" and self.training
+            latents = self._activate_batch(z) if over_the_batch else self._activate(z)
+            if config.variant == "relu":
+                sparsity = latents.sum(-1).mean()
+            elif config.variant == "jumprelu":
+                sparsity = Step.apply(z, self.threshold, config.bandwidth).sum(-1).mean()
         reconstruction = latents @ self.W_dec + self.b_dec
         error = squared_error(reconstruction, target)
         if config.variant in ("topk", "batchtopk") and self._dead is not None and len(self._dead):
@@ -190,26 +217,25 @@ class SparseAutoencoder(PreTrainedModel):
         magnitude = (shared * self.r_mag.exp() + self.b_mag).relu()
         return magnitude * (gate > 0), gate
 
-    def _activate(self, z: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
-        """Latents of pre-activations, and the sparsity penalty."""
-        config = self.config
-        if config.variant == "relu":
-            latents = z.relu()
-            return latents, latents.sum(-1).mean()
-        if config.variant == "topk":
-            return keep_largest(z.relu(), config.k), zero
-        if config.variant == "jumprelu":
-            latents = JumpReLU.apply(z, self.threshold, config.bandwidth)
-            return latents, Step.apply(z, self.threshold, config.bandwidth).sum(-1).mean()
-        if not self.training:
-            return z * (z > self.threshold), zero
-        latents = keep_largest_of_all(z.relu(), config.k)
+    def _activate(self, z: Tensor) -> Tensor:
+        """Latents of pre-activations, those of each activation by themselves; never negative."""
+        if self.config.variant == "topk":
+            return keep_largest(z.relu(), self.config.k)
+        if self.config.variant == "jumprelu":
+            return JumpReLU.apply(z, self.threshold, self.config.bandwidth)
+        if self.config.variant == "batchtopk":
+            return z.relu() * (z > self.threshold)
+        return z.relu()
+
+    def _activate_batch(self, z: Tensor) -> Tensor:
+        """The largest of a whole batch, whose least one moves the threshold."""
+        latents = keep_largest_of_all(z.relu(), self.config.k)
         with torch.no_grad():
             # Without a positive value there is no least one, and the threshold stays.
             least = latents.masked_fill(latents <= 0, torch.inf).min()
-            moved = self.threshold + config.threshold_rate * (least - self.threshold)
+            moved = self.threshold + self.config.threshold_rate * (least - self.threshold)
             self.threshold.copy_(torch.where(least.isfinite(), moved, self.threshold))
-        return latents, zero
+        return latents
 
     def _dead_latents_error(self, z: Tensor, error: Tensor) -> Tensor:
         """Squared error of the residual's reconstruction by the largest dead latents."""
@@ -226,6 +252,11 @@ class SparseAutoencoder(PreTrainedModel):
             )
 
     # What training needs beside gradients.
+
+    @property
+    def has_scale(self) -> bool:
+        """Whether scale or decoder bias are other than those of a new autoencoder."""
+        return bool(self.activation_scale != 1) or bool(self.b_dec.any())
 
     @torch.no_grad()
     def fit_scale(self, activations: Tensor) -> None:
@@ -314,13 +345,13 @@ class SparseAutoencoder(PreTrainedModel):
     def remove_parallel_gradient(self) -> None:
         """Take out of the decoder's gradient what would only change the norm of its rows."""
         if self.W_dec.grad is not None:
-            along = (self.W_dec.grad * self.W_dec).sum(-1, keepdim=True) / self.W_dec.square().sum(-1, keepdim=True)
-            self.W_dec.grad -= along * self.W_dec
+            directions = nn.functional.normalize(self.W_dec, dim=-1, eps=SMALLEST_NORM)
+            self.W_dec.grad -= (self.W_dec.grad * directions).sum(-1, keepdim=True) * directions
 
     @torch.no_grad()
-    def project(self) -> None:
-        """Bring the rows of the decoder back to unit norm, and thresholds above 0."""
-        self.W_dec.div_(self.W_dec.norm(dim=-1, keepdim=True).clamp_min(SMALLEST_NORM))
+    def project(self, norms: Tensor | float = 1.0) -> None:
+        """Bring the rows of the decoder back to their norms [d_sae, 1], and thresholds above 0."""
+        self.W_dec.mul_(norms / self.W_dec.norm(dim=-1, keepdim=True).clamp_min(SMALLEST_NORM))
         if self.config.variant == "jumprelu":
             self.threshold.clamp_min_(0)
 
@@ -369,20 +400,20 @@ def squared_error(ours: Tensor, target: Tensor) -> Tensor:
 
 
 class JumpReLU(torch.autograd.Function):
-    """z where z > θ, else 0. The threshold's gradient is -θ/ε K((z - θ)/ε), with K the box on [-1/2, 1/2] (eq. 11)."""
+    """max(z, 0) where z > θ, else 0. θ's gradient is -θ/ε K((z - θ)/ε), with K the box on [-1/2, 1/2] (eq. 11)."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
         ctx.save_for_backward(z, threshold)
         ctx.bandwidth = bandwidth
-        return z * (z > threshold)
+        return z.relu() * (z > threshold)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
         z, threshold = ctx.saved_tensors
         window = box((z - threshold) / ctx.bandwidth)
         learned = -threshold / ctx.bandwidth * window * gradient
-        return gradient * (z > threshold), learned.flatten(0, -2).sum(0), None
+        return gradient * ((z > threshold) & (z > 0)), learned.flatten(0, -2).sum(0), None
 
 
 class Step(torch.autograd.Function):

@@ -65,7 +65,7 @@ def reference_latents(sae: SparseAutoencoder, x: Tensor) -> list[Tensor]:
     if config.variant == "relu":
         return [max(value, 0 * value) for value in z]
     threshold = sae.threshold.expand(len(z))
-    return [value if value > threshold[i] else 0 * value for i, value in enumerate(z)]
+    return [value if value > threshold[i] and value > 0 else 0 * value for i, value in enumerate(z)]
 
 
 def pre_activations(sae: SparseAutoencoder, x: Tensor) -> list[Tensor]:

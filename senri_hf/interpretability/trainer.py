@@ -31,7 +31,8 @@ class SparseAutoencoderTrainingArguments(TrainingArguments):
         find_dead_every: Steps between looks at which latents are dead.
         resample_every: Steps between those at which dead latents are taken to where the error is, in the first half
             of training; 0 leaves that out.
-        fit_scale: Whether scale and decoder bias are taken from the first activations before training.
+        fit_scale: Whether scale and decoder bias are taken from the first activations before training, where the
+            autoencoder has none yet: one that was trained before, or imported, keeps its own.
         directions: Where latents point at first: `"random"`, or at `"activations"` drawn at random, which leaves fewer
             of them dead where activations fill few of their dimensions.
     """
@@ -60,8 +61,9 @@ class SparseAutoencoderTrainingArguments(TrainingArguments):
 class SparseAutoencoderTrainer(Trainer):
     """A `Trainer` of a `SparseAutoencoder` on an `ActivationStream`.
 
-    The decoder keeps rows of unit norm, its gradient across them. Logged beside the loss: `l0`, latents active per
-    activation; `explained_variance` of the batches since the last entry; `dead`, the share of dead latents.
+    The decoder keeps the norms of its rows, 1 but for imported ones, and its gradient goes across them. Logged beside
+    the loss: `l0`, latents active per activation; `explained_variance` of the batches since the last entry; `dead`, the
+    share of dead latents.
 
     Raises:
         ValueError: with several processes: each would train on activations of its own model.
@@ -99,7 +101,7 @@ class SparseAutoencoderTrainer(Trainer):
         if not resume_from_checkpoint:
             assert isinstance(self.args, SparseAutoencoderTrainingArguments)
             sae = cast(SparseAutoencoder, self.model)
-            if self.args.fit_scale:
+            if self.args.fit_scale and not sae.has_scale:
                 sae.fit_scale(self.stream.peek())
             if self.args.directions == "activations":
                 sae.point_at(self.stream.peek().to(self.args.device))
@@ -160,9 +162,12 @@ class SparseAutoencoderTrainer(Trainer):
 class _KeepNorm(TrainerCallback):
     """Keeps the decoder's norms around every optimizer step, and looks for dead latents."""
 
+    norms: Tensor
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
+        self.norms = model.W_dec.detach().norm(dim=-1, keepdim=True)
         model.find_dead()
 
     def on_pre_optimizer_step(
@@ -173,7 +178,7 @@ class _KeepNorm(TrainerCallback):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        model.project()
+        model.project(self.norms)
         assert isinstance(args, SparseAutoencoderTrainingArguments)
         if state.global_step % args.find_dead_every == 0:
             model.find_dead()

@@ -1,9 +1,10 @@
-"""The card that a model with memory writes beside its weights."""
+"""The card that a model writes beside its weights."""
 
 import json
 import os
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,34 @@ from ..memory.owner import owners
 README = "README.md"
 
 
+@dataclass
+class About:
+    """What a card says of a model itself, beside how it was made.
+
+    Attributes:
+        text: What it is, in a sentence or more.
+        facts: Sizes and the like by name; those that are None are left out.
+        usage: Lines of Python that load it, after `import senri_hf`, and read or run it.
+        tags: By which it is found, beside `senri_hf` and its model type.
+        sections: Further parts of the card, as markdown.
+    """
+
+    text: str
+    facts: Mapping[str, Any]
+    usage: str
+    tags: tuple[str, ...] = ()
+    sections: tuple[str, ...] = ()
+
+
 class ModelWithCard(PreTrainedModel):
     """Base of models whose `save_pretrained` writes a card where there is none, and whose `push_to_hub` uploads it.
 
     transformers' own `push_to_hub` puts an empty card in the place of any other.
     """
+
+    def about(self) -> About:
+        """What the card says of this model."""
+        raise NotImplementedError
 
     def save_pretrained(  # type: ignore[override]
         self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any
@@ -59,15 +83,49 @@ class ModelWithCard(PreTrainedModel):
         return str(commit)
 
 
+class ModelWithMemory(ModelWithCard):
+    """Base of models with memory built in."""
+
+    def about(self) -> About:
+        loader = auto_class(self)
+        sections = []
+        for index, layer in enumerate(getattr(self.config, "layers", None) or []):
+            # One memory, or a list of heads that each have their own settings.
+            for head, settings_of_head in enumerate(layer if isinstance(layer, list) else [layer]):
+                said = {f"`{key}`": f"`{value!r}`" for key, value in settings_of_head.items() if key != "type"}
+                where = f"layer {index}, head {head}" if isinstance(layer, list) else f"layer {index}"
+                if said:
+                    sections.append(f"## Memory of {where}\n\n{table(said)}\n")
+        return About(
+            text="It has a memory that outlives the context window: what was read in one conversation is there in the "
+            "next ones.",
+            facts={
+                "layers": ", ".join(layers_in_words(self.config.layer_types)),
+                "hidden size": self.config.hidden_size,
+                "vocabulary": f"{self.config.vocab_size:,}",
+                "bytes of memory a row": f"{memory_bytes(self):,}, however long the text is",
+            },
+            usage=f"""from transformers import {loader}
+
+model = {loader}.from_pretrained("this folder or repository")
+memory = senri_hf.MemoryCache.for_model(model)
+
+model(input_ids, past_key_values=memory)  # reads and writes
+memory.clear_context()  # the conversation is gone, the memory stays""",
+            tags=("memory",),
+            sections=tuple(sections),
+        )
+
+
 def model_card(
-    model: Any,
+    model: ModelWithCard,
     *,
     license: str | None = None,
     training_data: str | None = None,
     settings: Mapping[str, Any] | None = None,
     results: Mapping[str, float] | None = None,
 ) -> str:
-    """The README of a model with memory built in: what it is, how it is loaded, and what it was made with.
+    """The README of a model: what it is, how it is loaded, and what it was made with.
 
     Args:
         license: Name of its license, as the Hub spells them.
@@ -75,21 +133,18 @@ def model_card(
         settings: Of the training, by name.
         results: Measured values by name.
     """
-    metadata: dict[str, Any] = {"library_name": "transformers", "tags": ["senri_hf", "memory", model.config.model_type]}
+    about = model.about()
+    tags = ["senri_hf", *about.tags, model.config.model_type]
+    metadata: dict[str, Any] = {"library_name": "transformers", "tags": tags}
     if license is not None:
         metadata["license"] = license
     header = "\n".join(f"{key}: {json.dumps(value)}" for key, value in metadata.items())  # JSON is YAML
     count = sum(parameter.numel() for parameter in model.parameters())
     name = public_name(str(getattr(model.config, "_name_or_path", "") or ""))
-    auto = {"ForCausalLM": "AutoModelForCausalLM", "ForSequenceClassification": "AutoModelForSequenceClassification"}
-    loader = next((ours for kind, ours in auto.items() if type(model).__name__.endswith(kind)), "AutoModel")
     facts = {
         "class": f"`{type(model).__name__}`",
         "parameters": f"{count:,}",
-        "layers": ", ".join(layers_in_words(model.config.layer_types)),
-        "hidden size": model.config.hidden_size,
-        "vocabulary": f"{model.config.vocab_size:,}",
-        "bytes of memory a row": f"{memory_bytes(model):,}, however long the text is",
+        **about.facts,
         "started from": f"`{name}`" if name else None,
         "license": license,
     }
@@ -100,7 +155,7 @@ def model_card(
 
 # A {model.config.model_type} model
 
-It has a memory that outlives the context window: what was read in one conversation is there in the next ones.
+{about.text}
 
 {table(facts)}
 
@@ -110,23 +165,11 @@ It has a memory that outlives the context window: what was read in one conversat
 
 ```python
 import senri_hf
-from transformers import {loader}
-
-model = {loader}.from_pretrained("this folder or repository")
-memory = senri_hf.MemoryCache.for_model(model)
-
-model(input_ids, past_key_values=memory)  # reads and writes
-memory.clear_context()  # the conversation is gone, the memory stays
+{about.usage}
 ```
-"""
+""",
+        *about.sections,
     ]
-    for index, layer in enumerate(getattr(model.config, "layers", None) or []):
-        # One memory, or a list of heads that each have their own settings.
-        for head, settings_of_head in enumerate(layer if isinstance(layer, list) else [layer]):
-            said = {f"`{key}`": f"`{value!r}`" for key, value in settings_of_head.items() if key != "type"}
-            where = f"layer {index}, head {head}" if isinstance(layer, list) else f"layer {index}"
-            if said:
-                parts.append(f"## Memory of {where}\n\n{table(said)}\n")
     if training_data is not None:
         parts.append(f"## Training data\n\n{training_data}\n")
     if settings is not None:
@@ -134,6 +177,12 @@ memory.clear_context()  # the conversation is gone, the memory stays
     if results is not None:
         parts.append(f"## Results\n\n{table({key: f'{value:.4g}' for key, value in results.items()})}\n")
     return "\n".join(parts)
+
+
+def auto_class(model: PreTrainedModel) -> str:
+    """The Auto class that loads a model."""
+    auto = {"ForCausalLM": "AutoModelForCausalLM", "ForSequenceClassification": "AutoModelForSequenceClassification"}
+    return next((ours for kind, ours in auto.items() if type(model).__name__.endswith(kind)), "AutoModel")
 
 
 def table(rows: Mapping[str, Any]) -> str:

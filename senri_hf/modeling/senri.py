@@ -33,7 +33,7 @@ from ..memory import (
 from ..memory.cache import BUILT_IN
 from ..memory.compressive_layer import Progress, Step
 from ..memory.layout import Layout
-from .card import ModelWithCard
+from .card import ModelWithMemory
 from .language_model import RememberingLanguageModel
 from .streams import find_layout, memory_of
 
@@ -81,7 +81,7 @@ class SenriLayer(GradientCheckpointingLayer, MemoryOwner):
         return hidden_states + self.post_mlp_dropout(self.mlp(self.post_attention_layernorm(hidden_states))), step
 
 
-class SenriPreTrainedModel(ModelWithCard):
+class SenriPreTrainedModel(ModelWithMemory):
     """Weights, downloading and loading of Senri models."""
 
     config_class = SenriConfig

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
@@ -28,6 +27,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from ..configuration.symbolic import SymbolicTransformerConfig
+from .card import About, ModelWithCard, auto_class
 from .language_model import CausalLanguageModel
 
 
@@ -137,7 +137,7 @@ def layer_norm(config: SymbolicTransformerConfig) -> nn.Module:
     return nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.use_layer_norm else nn.Identity()
 
 
-class SymbolicTransformerPreTrainedModel(PreTrainedModel):
+class SymbolicTransformerPreTrainedModel(ModelWithCard):
     """What `SymbolicTransformerModel` and `SymbolicTransformerForCausalLM` share."""
 
     config: SymbolicTransformerConfig
@@ -155,6 +155,26 @@ class SymbolicTransformerPreTrainedModel(PreTrainedModel):
         "hidden_states": SymbolicTransformerLayer,
         "attentions": SymbolicAttention,
     }
+
+    def about(self) -> About:
+        config, loader = self.config, auto_class(self)
+        return About(
+            text="A small decoder over symbols, with learned positions. Every residual level, attention output and MLP "
+            "output is the output of a named module, to be looked at and changed.",
+            facts={
+                "layers": f"{config.num_hidden_layers}"
+                f"{'' if config.use_mlp else ', without MLP'}{'' if config.use_layer_norm else ', without LayerNorm'}",
+                "hidden size": config.hidden_size,
+                "heads": config.num_attention_heads,
+                "symbols": config.vocab_size,
+                "positions": config.max_position_embeddings,
+            },
+            usage=f"""from senri_hf.interpretability import module_activations
+from transformers import {loader}
+
+model = {loader}.from_pretrained("this folder or repository")
+(activations,) = module_activations(model, "model.layers.0", [{{"input_ids": input_ids}}])""",
+        )
 
 
 class SymbolicTransformerModel(SymbolicTransformerPreTrainedModel):
@@ -201,10 +221,9 @@ class SymbolicTransformerModel(SymbolicTransformerPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        if isinstance(past, int) and past + inputs_embeds.shape[1] > self.config.max_position_embeddings:
-            self._check_length(past, inputs_embeds.shape[1], attention_mask)
         if position_ids is None:
             position_ids = self._positions(inputs_embeds, attention_mask, past)
+        self._check_positions(position_ids, past, past_key_values)
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
@@ -224,15 +243,24 @@ class SymbolicTransformerModel(SymbolicTransformerPreTrainedModel):
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
-    def _check_length(self, past: int, length: int, attention_mask: Tensor | None) -> None:
-        """ValueError when a row has more symbols than there are positions; padding takes none."""
+    def _check_positions(self, position_ids: Tensor, past: int | Tensor, cache: Cache | None) -> None:
+        """ValueError when a row has more symbols than there are positions; padding takes none.
+
+        Positions are looked at, for which a device has to wait, only where the columns are more than these.
+        """
         most = self.config.max_position_embeddings
-        if attention_mask is not None and attention_mask.dim() == 2 and int(attention_mask.sum(-1).max()) <= most:
+        if cache is None or isinstance(past, int):
+            columns = past + position_ids.shape[-1]
+        elif torch.compiler.is_compiling():
             return
-        raise ValueError(
-            f"{past + length} symbols were given, but max_position_embeddings={most}. Give at most {most}, or let "
-            "rollout() see the last ones only"
-        )
+        else:  # a static cache keeps its length on the device, but says how much it can hold at most
+            columns = cache.get_max_length()
+        last = int(position_ids.max()) if columns > most else 0
+        if last >= most:
+            raise ValueError(
+                f"{last + 1} symbols were given, but max_position_embeddings={most}. Give at most {most}, or let "
+                "rollout() see the last ones only"
+            )
 
     @staticmethod
     def _positions(inputs_embeds: Tensor, attention_mask: Tensor | None, past: int | Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from ..memory import (
 from ..memory.compressive_layer import Progress, Step
 from ..memory.compressive_state import MemoryShape
 from ..memory.layout import Layout
-from .card import ModelWithCard
+from .card import ModelWithMemory
 from .language_model import RememberingLanguageModel
 from .streams import find_layout, memory_of
 
@@ -138,7 +138,7 @@ class TensorMemoryLayer(GradientCheckpointingLayer, MemoryOwner):
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)), steps
 
 
-class TensorMemoryPreTrainedModel(ModelWithCard):
+class TensorMemoryPreTrainedModel(ModelWithMemory):
     """Weights, downloading and loading of tensor memory models."""
 
     config_class = TensorMemoryConfig

@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache
 from ..memory import MemoryCache, MemoryLayer
 from ..memory.cache import layer_in
 from ..memory.layout import Layout
-from ..memory.real_tokens import document_starts, padding_after_end, real_tokens
+from ..memory.real_tokens import AfterEnd, document_starts, real_tokens
 
 
 @dataclass
@@ -21,7 +21,6 @@ class ForwardContext:
 
     Attributes:
         num_heads: Attention heads of the model; `model` makes logits of hidden states.
-        pad_id, end_ids: Tokens that follow a finished row, and those that finish one.
         memory: The cache of this pass, if it is a memory cache.
         ids: [B, T] its token ids, where they were given.
         generated: Whether this pass continues a context the way decoding does.
@@ -34,8 +33,6 @@ class ForwardContext:
 
     num_heads: int
     model: PreTrainedModel | None = None
-    pad_id: int | None = None
-    end_ids: tuple[int, ...] = ()
     memory: MemoryCache | None = None
     ids: Tensor | None = None
     generated: bool = False
@@ -85,11 +82,19 @@ class ForwardContext:
         if self.found is None:
             given = self.given
             real, all_real = real_tokens(self.tokens, given.get("attention_mask"), given.get("position_ids"), given)
-            if self.memory is not None and self.ids is not None and self.pad_id is not None:
-                real = real & ~padding_after_end(self.ids, self.memory.recent_ids, self.pad_id, self.end_ids)
+            if self.memory is not None and self.ids is not None:
+                real = real & ~self.after_end.among(self.ids, self.memory.recent_ids)
                 all_real = all_real and self.ids.shape[1] == 1
             self.found = real, all_real
         return self.found
+
+    @property
+    def after_end(self) -> AfterEnd:
+        """What follows a row that has ended; asked anew in every pass, as a model's configs may change."""
+        model: Any = self.model
+        if model is None:
+            return AfterEnd()
+        return AfterEnd.of(getattr(model, "generation_config", None), model.config.get_text_config(decoder=True))
 
     @property
     def tokens_and_documents(self) -> tuple[Tensor, Tensor | None]:

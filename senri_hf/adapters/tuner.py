@@ -75,16 +75,7 @@ class MemoryTuner(BaseTuner):
         context = getattr(decoder, "memory_context", None)
         if context is None:
             config = self.model.config.get_text_config(decoder=True)
-            generation = getattr(self.model, "generation_config", None)
-            ends = getattr(generation, "eos_token_id", None)
-            ends = config.eos_token_id if ends is None else ends
-            pad = getattr(generation, "pad_token_id", None)
-            context = ForwardContext(
-                num_heads=config.num_attention_heads,
-                model=self.model,
-                pad_id=config.pad_token_id if pad is None else pad,
-                end_ids=tuple(ends) if isinstance(ends, (list, tuple)) else () if ends is None else (ends,),
-            )
+            context = ForwardContext(num_heads=config.num_attention_heads, model=self.model)
             decoder.memory_context = context
             decoder.memory_handles = [
                 decoder.register_forward_pre_hook(decoder_pre_hook, with_kwargs=True),

@@ -1,6 +1,7 @@
 """Which tokens of a forward pass are real: padding is never written into a memory."""
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -50,14 +51,45 @@ def packed() -> ValueError:
     )
 
 
-def padding_after_end(ids: Tensor, recent: Tensor | None, pad_id: int, end_ids: tuple[int, ...]) -> Tensor:
-    """[B, T] the padding that `generate()` feeds to a row that has ended, and marks as real.
+@dataclass(frozen=True)
+class AfterEnd:
+    """The tokens that `generate()` feeds to a row that has ended, and marks as real: they are padding all the same.
 
-    A padding token after an end or after another padding token is such padding.
+    An end that only `generate()` was told of is not known here: then give it a `pad_token_id` too.
+
+    Attributes:
+        fillers: What ends a row or pads it. After one of them, the next is padding: without a padding token of its own
+            a model is fed ends.
+        pads: Those that are nothing but padding, whatever they follow.
     """
-    before = ids.new_full((ids.shape[0], 1), -1) if recent is None or not recent.shape[1] else recent[:, -1:]
-    previous = torch.cat([before, ids[:, :-1]], dim=1)
-    ended = previous == pad_id
-    for end_id in end_ids:
-        ended = ended | (previous == end_id)
-    return ended & (ids == pad_id)
+
+    fillers: tuple[int, ...] = ()
+    pads: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, *configs: Any) -> Self:
+        """By the first of a model's configs that names a token of a kind."""
+        begin, end, pad = (special_ids(kind, *configs) for kind in ("bos", "eos", "pad"))
+        return cls((*end, *pad), tuple(token for token in pad if token not in (*begin, *end)))
+
+    def among(self, ids: Tensor, recent: Tensor | None) -> Tensor:
+        """Where in ids [B, T] such padding is, [B, T]; `recent` [B, R] are the ids before them."""
+        fills = is_any(ids, self.fillers)
+        before = fills.new_zeros(ids.shape[0], 1) if recent is None else is_any(recent[:, -1:], self.fillers)
+        before = torch.nn.functional.pad(before, (1 - before.shape[1], 0))
+        return (fills & torch.cat([before, fills[:, :-1]], dim=1)) | is_any(ids, self.pads)
+
+
+def special_ids(kind: str, *configs: Any) -> tuple[int, ...]:
+    """The ids of a kind (`bos`, `eos`, `pad`), of the first of `configs` that names any."""
+    known = (getattr(config, f"{kind}_token_id", None) for config in configs)
+    ids = next((ids for ids in known if ids is not None), ())
+    return tuple(ids) if isinstance(ids, (list, tuple)) else (ids,)
+
+
+def is_any(ids: Tensor, tokens: tuple[int, ...]) -> Tensor:
+    """Where ids are one of a few tokens, without making a tensor of these."""
+    found = torch.zeros_like(ids, dtype=torch.bool)
+    for token in tokens:
+        found = found | (ids == token)
+    return found

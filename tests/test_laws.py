@@ -855,6 +855,20 @@ def test_read_only_changes_nothing(subject: Subject, is_open: bool) -> None:
         assert_identical_memory(memory.state_dict(), before)
 
 
+@every_setting
+@torch.no_grad()
+def test_a_new_memory_that_was_only_read_is_new(subject: Subject) -> None:
+    """It holds nothing, and serves a batch of any size."""
+    model, ids = subject.model(), tokens(1, 9, seed=26)
+    memory, new = blank(model), blank(model)
+    with memory.read_only():
+        feed(model, memory, tokens(4, 13, seed=27))
+    memory.clear_context()
+    assert (memory.nbytes, memory.rows, memory.tokens_seen.tolist(), memory.state_dict()) == (0, None, [], {})
+    assert torch.equal(feed(model, memory, ids), feed(model, new, ids))
+    assert_identical_memory(memory.state_dict(), new.state_dict())
+
+
 def test_subjects_of_one_setting_can_be_asked_for() -> None:
     """The tables answer by name."""
     assert [s.variant for s in subjects("qwen2", ["default"])] == ["default"] * len(MECHANISMS)

@@ -125,6 +125,8 @@ class MemoryCache(AssociativeOperations, DynamicCache):
         """End the conversation: attention forgets all of it, and what memory took in is read from now on."""
         for layer in self.memory_layers:
             layer.clear_context()
+            if layer.is_blank:  # it was read at most: whoever comes next may be other rows
+                layer.reset()
         self._clear_attention()
 
     def _clear_attention(self) -> None:

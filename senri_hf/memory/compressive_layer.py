@@ -514,6 +514,12 @@ class CompressiveLayer(MemoryLayer):
             return None
         return self.now.state.tokens + (0 if self.now.open is None else self.now.open.written.sum(1))
 
+    @property
+    def is_blank(self) -> bool:
+        """Whether nothing was ever written, and no slot imported or frozen."""
+        state = None if self.now is None else self.now.state
+        return state is None or (super().is_blank and not bool(state.memory.any() | state.frozen.any()))
+
     def summary(self) -> dict[str, float]:
         if self.now is None or self.shape is None:
             return {}

@@ -132,6 +132,10 @@ class HeadGroupsLayer(MemoryLayer):
     def tokens_seen(self) -> Tensor | None:
         return self.groups[0].tokens_seen if self.groups else None
 
+    @property
+    def is_blank(self) -> bool:
+        return all(group.is_blank for group in self.groups)
+
     def summary(self) -> dict[str, float]:
         """As of a `CompressiveLayer`, for each group; numbered from 0 where there are several."""
         if len(self.groups) == 1:

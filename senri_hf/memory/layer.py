@@ -120,6 +120,12 @@ class MemoryLayer(DummyLayer):
 
     # What follows from that.
 
+    @property
+    def is_blank(self) -> bool:
+        """Whether nothing was ever written, whatever was read."""
+        seen = self.tokens_seen
+        return seen is None or not bool(seen.any())
+
     def reset_but_frozen(self) -> None:
         """Forget everything but what is frozen, where a mechanism has that."""
         self.reset()

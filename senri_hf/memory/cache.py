@@ -414,16 +414,13 @@ class MemoryCache(AssociativeOperations, DynamicCache):
             ValueError: naming what does not fit; this memory is then as it was.
         """
         parts: dict[tuple[str, int], dict[str, Tensor]] = {}
-        for key, tensor in tensors.items():
-            adapter_and_layer, _, name = key.rpartition(".")
-            adapter_name, _, layer_idx = adapter_and_layer.rpartition(".")
+        places = {key: file.place_of(key) for key in tensors}
+        ours = {layer.adapter_name for layer in self.memory_layers}
+        names = file.adapter_names({adapter_name for adapter_name, _, _ in places.values()}, ours)
+        for key, (adapter_name, layer_idx, name) in places.items():
             if not layer_idx.isdigit():
                 raise ValueError(f"{key!r} is no name of a memory tensor: expected adapter.layer.field")
-            parts.setdefault((adapter_name, int(layer_idx)), {})[name] = tensor
-        theirs, ours = {name for name, _ in parts}, {layer.adapter_name for layer in self.memory_layers}
-        if len(theirs) == len(ours) == 1:
-            (name,) = ours
-            parts = {(name, layer_idx): part for (_, layer_idx), part in parts.items()}
+            parts.setdefault((names[adapter_name], int(layer_idx)), {})[name] = tensors[key]
         expected = {(layer.adapter_name, layer.layer_idx): layer for layer in self.memory_layers}
         # An adapter whose memory is blank has no part in a state dict; one that has a part has all its layers in it.
         written = {name for name, _ in parts}

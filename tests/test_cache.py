@@ -26,9 +26,11 @@ from models import (
     tiny_model,
     tokens,
 )
+from peft import PeftModel
 from torch import Tensor
 
 from senri_hf import MemoryCache
+from senri_hf.memory.decoder import find_decoder
 from senri_hf.memory.layer import ROLLBACK_TOKENS
 
 
@@ -502,9 +504,7 @@ def test_a_memory_with_too_few_rows_says_what_to_do(subject: Subject, kwargs: di
 @torch.no_grad()
 def test_generated_tokens_are_not_written_when_that_is_set(subject: Subject) -> None:
     """Memory is that of the prompt, however it was decoded."""
-    if "write_generated" not in subject.fresh().peft_config["default"].to_dict():
-        pytest.skip("the mechanism has no such setting")
-    model, ids = subject.build(write_generated=False), tokens(1, 6, seed=24).repeat(1, 3)
+    model, ids = not_writing_replies(subject), tokens(1, 6, seed=24).repeat(1, 3)
     before = remembering(model)
     expected = before.snapshot()
     feed(model, expected, ids)
@@ -512,6 +512,55 @@ def test_generated_tokens_are_not_written_when_that_is_set(subject: Subject) -> 
         memory = before.snapshot()
         greedy(model, ids, memory, new=13, **kwargs)
         assert_same_memory(memory, expected)
+
+
+def not_writing_replies(subject: Subject) -> PeftModel:
+    """A model whose memory takes in prompts alone."""
+    if "write_generated" not in subject.fresh().peft_config["default"].to_dict():
+        pytest.skip("the mechanism has no such setting")
+    return subject.build(write_generated=False)
+
+
+@every_mechanism
+@pytest.mark.parametrize("length", [1, 9])
+@pytest.mark.filterwarnings("ignore:.*assistant.*")
+@torch.no_grad()
+def test_accepted_candidates_are_not_written_when_that_is_set(subject: Subject, length: int) -> None:
+    """Those that come with the prompt in the first pass included."""
+    model, ids = not_writing_replies(subject), tokens(1, length, seed=26)
+    memory, expected = MemoryCache.for_model(model), MemoryCache.for_model(model)
+    feed(model, expected, ids)
+    assistant = subject.plain()  # with a new memory it is the model itself
+    assistant.generation_config.update(
+        num_assistant_tokens=5, num_assistant_tokens_schedule="constant", assistant_confidence_threshold=0.0
+    )
+    passes: list[int] = []
+    decoder = find_decoder(model.get_base_model())
+    decoder.register_forward_pre_hook(lambda module, args, given: passes.append(1), with_kwargs=True)
+    assert greedy(model, ids, memory, new=12, assistant_model=assistant).shape[1] == 12
+    assert len(passes) <= 3
+    assert memory.tokens_seen.tolist() == [length]
+    assert_same_memory(memory, expected)
+
+
+@every_mechanism
+@pytest.mark.parametrize("way", ["plain", "prompt lookup"])
+@torch.no_grad()
+def test_a_later_prompt_is_written_when_replies_are_not(subject: Subject, way: str) -> None:
+    """However the reply before it was decoded."""
+    model, ids = not_writing_replies(subject), tokens(1, 6, seed=24).repeat(1, 3)
+    memory = remembering(model)
+    expected = memory.snapshot()
+    said = greedy(model, ids, memory, new=9, **WAYS.get(way, {}))
+    whole = torch.cat([ids, said, tokens(1, 7, seed=27)], dim=1)
+    greedy(model, whole, memory, new=5)
+    fed = memory.get_seq_length() - 4
+    feed(model, expected, ids)
+    with expected.read_only():
+        feed(model, expected, said[:, :-1])
+    feed(model, expected, whole[:, ids.shape[1] + said.shape[1] - 1 :])
+    assert fed == whole.shape[1] == expected.get_seq_length()
+    assert_same_memory(memory, expected)
 
 
 @every_mechanism

@@ -23,7 +23,8 @@ class ForwardContext:
         num_heads: Attention heads of the model; `model` makes logits of hidden states.
         memory: The cache of this pass, if it is a memory cache.
         ids: [B, T] its token ids, where they were given.
-        generated: Whether this pass continues a context the way decoding does.
+        logits_to_keep: How many of the last tokens are asked for their logits, where that was said.
+        generated_from: The first column of this pass that `generate()` produced, T where there is none.
         given: The decoder's arguments by name.
         cache: The cache of this pass, whatever it is.
         adapter_name: The adapter whose block is being called.
@@ -35,7 +36,8 @@ class ForwardContext:
     model: PreTrainedModel | None = None
     memory: MemoryCache | None = None
     ids: Tensor | None = None
-    generated: bool = False
+    logits_to_keep: Any = None
+    generated_from: int = 0
     given: dict[str, Any] = field(default_factory=dict)
     waiting: dict[Callable[..., None], list[Any]] = field(default_factory=dict)
     found: tuple[Tensor, bool] | None = None
@@ -45,13 +47,15 @@ class ForwardContext:
     streams: Layout | None = None
 
     def clear(self) -> None:
-        self.memory, self.ids, self.generated, self.found, self.streams = None, None, False, None, None
-        self.given, self.waiting, self.shared, self.cache = {}, {}, {}, None
+        self.memory, self.ids, self.found, self.streams, self.cache = None, None, None, None, None
+        self.given, self.waiting, self.shared = {}, {}, {}
+        self.logits_to_keep, self.generated_from = None, 0
 
     def begin(self, given: dict[str, Any]) -> None:
         """Note what a pass was given; with a memory cache, refuse what it could not take in."""
+        logits_to_keep = self.logits_to_keep
         self.clear()
-        self.given, self.ids = given, given.get("input_ids")
+        self.given, self.ids, self.logits_to_keep = given, given.get("input_ids"), logits_to_keep
         cache = next((value for value in given.values() if isinstance(value, Cache)), None)
         self.cache = cache
         if not isinstance(cache, MemoryCache):
@@ -60,8 +64,24 @@ class ForwardContext:
         for layer in cache.memory_layers:  # before attention has taken anything in
             layer.check_rows(batch)
         self.memory = cache
-        self.generated = cache.get_seq_length() > 0 and (length == 1 or cache.is_recording)
+        self.generated_from = length - self._generated(cache, length)
         _ = self.real
+
+    def _generated(self, cache: MemoryCache, length: int) -> int:
+        """How many of this pass's columns `generate()` produced: its last ones.
+
+        A single token that continues a context is what decoding feeds. Assisted decoding asks for the logits of its
+        candidates and of the token before them, which is the prompt's last one in the first pass only.
+        """
+        goes_on = cache.get_seq_length() > 0
+        asked = self.logits_to_keep if cache.is_recording and isinstance(self.logits_to_keep, int) else 1
+        asked = 1 if length == 1 else max(asked, 1)
+        return length if goes_on and asked == length else min(asked - 1, length)
+
+    @property
+    def is_generated(self) -> bool:
+        """Whether `generate()` produced all tokens of this pass, which a memory cache tells."""
+        return self.memory is not None and self.generated_from == 0
 
     @property
     def tokens(self) -> Tensor:
@@ -119,20 +139,28 @@ class ForwardContext:
         attention_layers = self.model.config.get_text_config(decoder=True).num_hidden_layers
         return layer_in(self.cache, layer_idx, self.adapter_name, new_cache_layer, attention_layers)
 
-    @property
-    def layout(self) -> Layout:
-        """How the columns of this pass become streams of real tokens."""
+    def layout(self, columns: slice) -> Layout:
+        """How some columns of this pass become streams of real tokens."""
+        real = self.real[:, columns]
+        if real.shape != self.real.shape:
+            return Layout.of(real)
         if self.streams is None:
-            self.streams = Layout.of(self.real)
+            self.streams = Layout.of(real)
         return self.streams
 
-    def writes(self, memory: MemoryLayer) -> bool:
-        """Whether a memory takes in the real tokens of this pass."""
-        return not (memory.is_read_only or (self.generated and not memory.writes_generated))
+    def stretches(self, memory: MemoryLayer) -> list[tuple[slice, bool]]:
+        """The columns of this pass in order, and whether a memory takes in the real ones among them: all at once, but
+        where candidates that it does not take in come with their prompt.
+        """
+        length = self.real.shape[1]
+        first = length if memory.writes_generated else self.generated_from
+        parts = [(slice(0, first), not memory.is_read_only), (slice(first, length), False)]
+        return [part for part in parts if part[0].stop > part[0].start] or parts[:1]
 
     def written(self, memory: MemoryLayer) -> Tensor:
         """[B, T] the tokens of this pass that a memory takes in."""
-        return self.real if self.writes(memory) else self.real.new_zeros(self.real.shape)
+        parts = [self.real[:, columns] & writes for columns, writes in self.stretches(memory)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def at_end(self, function: Callable[[list[Any], Tensor, "ForwardContext"], None], item: Any) -> None:
         """Have `function(items, last hidden states [B, T, D], context)` called once when the decoder is done.

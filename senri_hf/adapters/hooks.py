@@ -8,10 +8,16 @@ from typing import Any, cast
 
 from torch import nn
 
-from ..memory.decoder import named_arguments
+from ..memory.decoder import find_decoder, named_arguments
 from ..memory.router_loss import share_of_batch, take_router_loss
 from .context import ForwardContext
 from .layer import MemoryAdapterLayer
+
+
+def model_pre_hook(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Note for whose logits the model is asked, of which its decoder is not told."""
+    context: ForwardContext = find_decoder(model).memory_context  # type: ignore[assignment]
+    context.logits_to_keep = kwargs.get("logits_to_keep")
 
 
 def decoder_pre_hook(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

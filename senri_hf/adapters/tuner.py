@@ -12,7 +12,7 @@ from ..memory.decoder import find_decoder
 from .config import MemoryAdapterConfig
 from .context import ForwardContext
 from .decoder import find_decoder_layers
-from .hooks import decoder_hook, decoder_pre_hook, layer_hook, model_hook
+from .hooks import decoder_hook, decoder_pre_hook, layer_hook, model_hook, model_pre_hook
 from .layer import MemoryAdapterLayer, merging
 from .registration import PREFIX
 
@@ -82,7 +82,10 @@ class MemoryTuner(BaseTuner):
                 decoder.register_forward_hook(decoder_hook, with_kwargs=True, always_call=True),
             ]
             if decoder is not self.model:
-                decoder.memory_handles.append(self.model.register_forward_hook(model_hook, with_kwargs=True))
+                decoder.memory_handles += [
+                    self.model.register_forward_pre_hook(model_pre_hook, with_kwargs=True),
+                    self.model.register_forward_hook(model_hook, with_kwargs=True),
+                ]
         return context
 
     def delete_adapter(self, adapter_name: str) -> None:

@@ -56,7 +56,7 @@ class MemoryCache(AssociativeOperations, DynamicCache):
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.model_fingerprint = model_fingerprint or {}
         self.parent: str | None = None
-        self.is_recording = False
+        self.is_recording = False  # whether the open conversation was decoded with candidates
         # The context's last tokens: ids, and where surprise needs them the model's last hidden states and which of
         # them are real.
         self.recent_ids: Tensor | None = None  # [B, R]

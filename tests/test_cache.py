@@ -11,13 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from models import (
     ARCHITECTURES,
+    BUILT_IN_SUBJECTS,
     DEFAULTS,
     LLAMA,
     REMEMBERING,
+    WITHOUT_TRAINING,
     Subject,
     assert_close,
     assert_identical_memory,
     assert_same_memory,
+    blank,
     feed,
     greedy,
     remembering,
@@ -32,6 +35,7 @@ from torch import Tensor
 from senri_hf import MemoryCache
 from senri_hf.memory.decoder import find_decoder
 from senri_hf.memory.layer import ROLLBACK_TOKENS
+from senri_hf.memory.real_tokens import real_tokens
 
 
 every_setting = pytest.mark.parametrize("subject", LLAMA, ids=str)
@@ -565,8 +569,8 @@ def test_a_later_prompt_is_written_when_replies_are_not(subject: Subject, way: s
 
 @every_mechanism
 @torch.no_grad()
-def test_a_static_mask_tells_padding_too(subject: Subject) -> None:
-    """A bool mask, as some callers give it, is a mask."""
+def test_a_bool_mask_tells_padding_too(subject: Subject) -> None:
+    """As some callers give it."""
     model, ids = subject.model(), tokens(2, 9, seed=25)
     mask = torch.ones_like(ids)
     mask[0, :4] = 0
@@ -577,6 +581,58 @@ def test_a_static_mask_tells_padding_too(subject: Subject) -> None:
         model(input_ids=ids, attention_mask=kind, position_ids=positions, past_key_values=memory)
         held.append(memory.state_dict())
     assert_identical_memory(*held)
+
+
+SIDES = {"left": slice(0, 4), "right": slice(7, None)}
+# How callers say which token sees which, [B, 1, T, columns] bool.
+KINDS_OF_MASK: dict[str, Callable[[Tensor], Any]] = {
+    "bool": lambda mask: mask,
+    "added": lambda mask: torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min),
+    # A static cache's columns are all there from the start.
+    "wider": lambda mask: torch.nn.functional.pad(mask, (0, 5)),
+}
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("kind", KINDS_OF_MASK)
+def test_a_mask_of_which_token_sees_which_tells_padding(side: str, kind: str) -> None:
+    """In the first pass of a context and in a later one."""
+    mask = torch.ones(2, 11, dtype=torch.bool)
+    mask[0, SIDES[side]] = False
+    for past, length in ((0, 11), (3, 8), (10, 1)):
+        seen = (torch.ones(11, 11, dtype=torch.bool).tril() & mask[:, None, None])[:, :, past:]
+        real, _ = real_tokens(torch.zeros(2, length), KINDS_OF_MASK[kind](seen), None, {}, past)
+        assert torch.equal(real, mask[:, past:])
+
+
+@pytest.mark.parametrize("subject", [*DEFAULTS, WITHOUT_TRAINING[0], BUILT_IN_SUBJECTS[0]], ids=str)
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("positions", [False, True], ids=["no positions", "positions"])
+@torch.no_grad()
+def test_a_mask_of_which_token_sees_which_writes_no_padding(subject: Subject, side: str, positions: bool) -> None:
+    """Memory is that of a mask of tokens."""
+    model, ids = subject.model(), tokens(2, 11, seed=25)
+    mask = torch.ones_like(ids)
+    mask[0, SIDES[side]] = 0
+    given = {"position_ids": (mask.cumsum(1) - 1).clamp_min(0)} if positions else {}
+    seen = torch.ones(11, 11, dtype=torch.bool).tril() & mask[:, None, None].bool()
+    held = []
+    for kind in (mask, KINDS_OF_MASK["added"](seen)):
+        memory = blank(model)
+        model(input_ids=ids, attention_mask=kind, past_key_values=memory, **given)
+        held.append(memory)
+        assert memory.tokens_seen.tolist() == [7, 11]
+    for row in ([0], [1]):
+        assert_same_memory(held[0].select_rows(row), held[1].select_rows(row))
+
+
+@pytest.mark.parametrize("subject", [*DEFAULTS, WITHOUT_TRAINING[0], BUILT_IN_SUBJECTS[0]], ids=str)
+def test_a_mask_that_does_not_tell_padding_is_refused(subject: Subject) -> None:
+    model = subject.model()
+    memory = blank(model)
+    with pytest.raises(ValueError, match=r"attention_mask of shape \[1, 5, 5\] was given"):
+        model(input_ids=tokens(1, 5), attention_mask=torch.ones(1, 5, 5), past_key_values=memory)
+    assert memory.get_seq_length() == 0 and memory.state_dict() == {}
 
 
 @pytest.mark.parametrize("copy", ["snapshot", "fork", "select_rows"])

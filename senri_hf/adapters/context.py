@@ -101,7 +101,9 @@ class ForwardContext:
     def _find_real(self) -> tuple[Tensor, bool]:
         if self.found is None:
             given = self.given
-            real, all_real = real_tokens(self.tokens, given.get("attention_mask"), given.get("position_ids"), given)
+            past = 0 if self.cache is None else self.cache.get_seq_length()
+            mask, positions = given.get("attention_mask"), given.get("position_ids")
+            real, all_real = real_tokens(self.tokens, mask, positions, given, past)
             if self.memory is not None and self.ids is not None:
                 real = real & ~self.after_end.among(self.ids, self.memory.recent_ids)
                 all_real = all_real and self.ids.shape[1] == 1

@@ -75,7 +75,7 @@ def show_memory(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 def what_comes(decoder: Any, layer: AttentionMemoryLayer, given: dict[str, Any], tokens: Tensor, start: int) -> Columns:
     """The columns of a pass whose first token is the context's `start`-th, without what it will make of them."""
     ids = given.get("input_ids")
-    real, _ = real_tokens(tokens, given.get("attention_mask"), given.get("position_ids"), given)
+    real, _ = real_tokens(tokens, given.get("attention_mask"), given.get("position_ids"), given, start)
     if ids is not None:
         last = layer.said[-1].token[:, -1:] if layer.said else None
         real = real & ~decoder.attention_memory_ends.among(ids, last)

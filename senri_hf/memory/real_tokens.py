@@ -7,29 +7,53 @@ import torch
 from torch import Tensor
 
 
-def real_tokens(tokens: Tensor, mask: Any, position_ids: Tensor | None, given: dict[str, Any]) -> tuple[Tensor, bool]:
+def real_tokens(
+    tokens: Tensor, mask: Any, position_ids: Tensor | None, given: dict[str, Any], past: Any
+) -> tuple[Tensor, bool]:
     """Which tokens [B, T] of this pass are no padding, and whether all of them are without having looked.
 
+    Args:
+        mask: [B, columns] for those that are real, or [B, 1, T, columns] for which token sees which; a dict of such
+            masks for several kinds of attention, all of which tell padding.
+        given: What else the decoder was given.
+        past: Columns of context before this pass, a number or a tensor of one.
+
     Raises:
-        ValueError: for packed documents, several of which share a row and could not have memories of their own.
+        ValueError: for packed documents, several of which share a row and could not have memories of their own, and for
+            a mask of another kind.
     """
     batch, length = tokens.shape[:2]
-    everything = torch.ones(batch, length, dtype=torch.bool, device=tokens.device)
     if given.get("cu_seq_lens_q") is not None or given.get("seq_idx") is not None:
         raise packed()
-    if isinstance(mask, Tensor) and mask.dim() == 2:
-        return mask[:, -length:] != 0, False
-    if position_ids is None or position_ids.dim() != 2 or length == 1:
-        return everything, True
-    step = position_ids[:, 1:] - position_ids[:, :-1]
+    if isinstance(mask, dict):
+        mask = next((one for one in mask.values() if one is not None), None)
     if mask is None:
-        if bool((step < 0).any()):
+        real, is_known = torch.ones(batch, length, dtype=torch.bool, device=tokens.device), True
+    elif isinstance(mask, Tensor) and mask.dim() == 2:
+        return mask[:, -length:] != 0, False
+    elif isinstance(mask, Tensor) and mask.dim() == 4:
+        real, is_known = sees_itself(mask, past).expand(batch, -1), False
+    else:
+        what = f"of shape {list(mask.shape)}" if isinstance(mask, Tensor) else f"that is a {type(mask).__name__}"
+        raise ValueError(
+            f"An attention_mask {what} was given, which does not tell padding. Memory takes a mask [batch, tokens], or "
+            "one [batch, 1, tokens, columns]"
+        )
+    if position_ids is not None and position_ids.dim() == 2 and length > 1:
+        goes_back = position_ids[:, 1:] < position_ids[:, :-1]
+        if bool((goes_back & real[:, 1:] & real[:, :-1]).any()):
             raise packed()
-        return everything, True
-    # A mask that says which token sees which (static caches): a token is real where positions go on after it.
-    real = everything.clone()
-    real[:, :-1] = (step == 1).expand(batch, -1)
-    return real, False
+    return real, is_known
+
+
+def sees_itself(mask: Tensor, past: Any) -> Tensor:
+    """[B, T] whether a token is seen by itself, as all are but padding, by a mask [B, 1, T, columns] of any dtype."""
+    length, columns = mask.shape[-2:]
+    # Those of a static cache reach beyond this pass; those of a sliding window may begin after the context does.
+    start = torch.as_tensor(past, device=mask.device).clamp_max(columns - length)
+    place = start + torch.arange(length, device=mask.device)
+    itself = mask[:, 0].gather(2, place.view(1, -1, 1).expand(mask.shape[0], -1, 1))[..., 0]
+    return itself > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else itself != 0
 
 
 def document_starts(tokens: Tensor, mask: Any, position_ids: Tensor | None, given: dict[str, Any]) -> Tensor | None:

@@ -306,7 +306,8 @@ class MemoryTransformerModel(MemoryTransformerPreTrainedModel):
         if cache is None and starts is not None:
             real = torch.ones(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
             return MemoryPass(real, starts, prompt_lengths)
-        real, _ = real_tokens(inputs_embeds, attention_mask, position_ids, given)
+        past = 0 if cache is None else cache.get_seq_length()
+        real, _ = real_tokens(inputs_embeds, attention_mask, position_ids, given, past)
         if isinstance(cache, MemoryCache):
             for layer in cache.memory_layers:  # before attention has taken anything in
                 layer.check_rows(inputs_embeds.shape[0])

@@ -41,7 +41,8 @@ def find_layout(
         for layer in cache.layers:
             if isinstance(layer, MemoryLayer):
                 layer.check_rows(batch)
-    real, is_whole = real_tokens(tokens, attention_mask, position_ids if cache is not None else None, given)
+    past, positions = (0, None) if cache is None else (cache.get_seq_length(), position_ids)
+    real, is_whole = real_tokens(tokens, attention_mask, positions, given, past)
     after_end = AfterEnd.of(config)
     if isinstance(cache, MemoryCache) and tokens.dim() == 2 and after_end.fillers:
         return Layout.of(real & ~after_end.among(tokens, cache.recent_ids))

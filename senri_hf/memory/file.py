@@ -201,11 +201,19 @@ def checksum(tensors: dict[str, Tensor], description: dict[str, Any]) -> str:
     return digest.hexdigest()
 
 
+def short(weights: dict[str, list[float]]) -> str:
+    """What a person can compare two samples of weights by; the same weights in another dtype have another one."""
+    return hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest()[:12]
+
+
 def card(description: dict[str, Any]) -> str:
     """The README of a memory."""
     model = description["model"]
     name = model.get("name_or_path") or model["architecture"]
     layers = ", ".join(f"{index} ({adapter})" for adapter, index, _ in description["layers"])
+    prints = [("the model", short(model.get("weights", {})))]
+    prints += [(f"`{name}` in it", short(sample)) for name, sample in model.get("memory_weights", {}).items()]
+    fingerprints = "\n".join(f"| fingerprint of {what} | `{value}` |" for what, value in prints)
     size = sum(
         torch.empty(0, dtype=getattr(torch, dtype)).element_size() * int(torch.Size(shape).numel())
         for dtype, *shape in description["shapes"].values()
@@ -222,7 +230,8 @@ What a `{name}` model with a memory adapter remembers, as data: no weights of th
 | | |
 |---|---|
 | model | `{name}`, {model["num_hidden_layers"]} layers of {model["hidden_size"]} |
-| memory layers | {layers} |
+{fingerprints}
+| memory layers, and whose they are | {layers} |
 | rows | {len(description["tokens_seen"])} |
 | tokens seen, per row | {description["tokens_seen"]} |
 | bytes | {size:,} |

@@ -23,6 +23,7 @@ from models import (
     blank,
     feed,
     greedy,
+    held_tensors,
     remembering,
     subjects,
     talk,
@@ -374,16 +375,16 @@ def test_an_empty_memory_is_data_too(subject: Subject) -> None:
     assert memory.state_dict() == {}
 
 
-@every_mechanism
+@pytest.mark.parametrize("subject", [*LLAMA, *WITHOUT_TRAINING[:1], *BUILT_IN_SUBJECTS], ids=str)
 @torch.no_grad()
-def test_moving_to_a_device_keeps_an_open_conversation(subject: Subject) -> None:
-    """`to` returns the same cache, which goes on."""
-    model, ids = subject.model(), tokens(1, 5, seed=17)
+def test_moving_to_a_device_moves_all_that_is_held(subject: Subject) -> None:
+    """Context, memory and what an open conversation keeps; `to` returns the same cache."""
+    model = subject.model()
     memory = remembering(model)
-    feed(model, memory, ids)
-    expected = feed(model, memory.snapshot(), ids)
-    assert memory.to("cpu") is memory
-    assert torch.equal(feed(model, memory, ids), expected)
+    feed(model, memory, tokens(1, 5, seed=17), [4, 1])
+    assert len(held_tensors(memory)) > len(memory.memory_layers)
+    assert memory.to("meta") is memory
+    assert {tensor.device.type for tensor in held_tensors(memory)} == {"meta"}
 
 
 @every_remembering

@@ -30,6 +30,7 @@ from models import (
     blank,
     feed,
     greedy,
+    held_storage,
     padded,
     remembering,
     subjects,
@@ -706,30 +707,6 @@ def test_a_memory_is_not_saved_over_a_file(tmp_path: Path) -> None:
 
 
 # 5. Fixed size.
-
-
-def held_storage(layer: Any) -> int:
-    """Bytes of all tensors that a memory layer keeps alive, rollback included, whether it counts them or not."""
-    storages: dict[int, int] = {}
-    seen: set[int] = set()
-
-    def visit(thing: Any) -> None:
-        if id(thing) in seen:
-            return
-        seen.add(id(thing))
-        if isinstance(thing, Tensor):
-            storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
-        elif isinstance(thing, dict):
-            for value in thing.values():
-                visit(value)
-        elif isinstance(thing, (list, tuple)):
-            for value in thing:
-                visit(value)
-        elif hasattr(thing, "__dict__"):
-            visit(vars(thing))
-
-    visit(layer)
-    return sum(storages.values())
 
 
 @every_setting_of_states

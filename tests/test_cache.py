@@ -387,6 +387,22 @@ def test_moving_to_a_device_moves_all_that_is_held(subject: Subject) -> None:
     assert {tensor.device.type for tensor in held_tensors(memory)} == {"meta"}
 
 
+@pytest.mark.parametrize("subject", [*LLAMA, *BUILT_IN_SUBJECTS], ids=str)
+@torch.no_grad()
+def test_memory_follows_the_layer_that_reads_it(subject: Subject) -> None:
+    """All that a layer holds, open conversation included; where it already is, nothing moves."""
+    model = subject.model()
+    memory = remembering(model)
+    feed(model, memory, tokens(1, 5, seed=17), [4, 1])
+    for layer in memory.memory_layers:
+        before = held_tensors(layer)
+        layer.follow(torch.device("cpu"))
+        assert all(one is other for one, other in zip(held_tensors(layer), before, strict=True))
+        layer.follow(torch.device("meta"))
+        assert {tensor.device.type for tensor in held_tensors(layer)} == {"meta"}
+        assert layer.device is not None and layer.device.type == "meta"
+
+
 @every_remembering
 def test_detach_ends_backpropagation(subject: Subject) -> None:
     """What was written before gets no gradient; the reading still does, and the values stay."""
@@ -442,6 +458,23 @@ def assert_decoding_is_greedy(subject: Subject, way: str) -> None:
     expected = greedy(model, ids, plain, new=14)
     assert torch.equal(greedy(model, ids, memory, new=14, **kwargs), expected)
     assert memory.get_seq_length() == plain.get_seq_length()
+    assert_same_memory(memory, plain)
+
+
+@every_mechanism
+@torch.no_grad()
+def test_more_candidates_than_can_be_taken_back_are_refused(subject: Subject) -> None:
+    """Before anything is taken in, with what to set."""
+    model, ids = subject.model(), tokens(1, ROLLBACK_TOKENS + 9, seed=28).repeat(1, 3)
+    memory = remembering(model)
+    before = memory.state_dict()
+    with pytest.raises(ValueError, match=r"65 candidates .* 64 tokens .*prompt_lookup_num_tokens"):
+        greedy(model, ids, memory, prompt_lookup_num_tokens=ROLLBACK_TOKENS + 1)
+    assert memory.get_seq_length() == 0
+    assert_identical_memory(memory.state_dict(), before)
+    plain = memory.snapshot()
+    expected = greedy(model, ids, plain)
+    assert torch.equal(greedy(model, ids, memory, prompt_lookup_num_tokens=ROLLBACK_TOKENS), expected)
     assert_same_memory(memory, plain)
 
 

@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache
 
 from ..memory import MemoryCache, MemoryLayer
 from ..memory.cache import layer_in
+from ..memory.layer import ROLLBACK_TOKENS
 from ..memory.layout import Layout
 from ..memory.real_tokens import AfterEnd, document_starts, real_tokens
 
@@ -76,6 +77,11 @@ class ForwardContext:
         goes_on = cache.get_seq_length() > 0
         asked = self.logits_to_keep if cache.is_recording and isinstance(self.logits_to_keep, int) else 1
         asked = 1 if length == 1 else max(asked, 1)
+        if asked > ROLLBACK_TOKENS + 1:
+            raise ValueError(
+                f"{asked - 1} candidates were proposed at once, but memory can take back {ROLLBACK_TOKENS} tokens at "
+                "most. Set prompt_lookup_num_tokens, or the assistant's num_assistant_tokens, to no more"
+            )
         return length if goes_on and asked == length else min(asked - 1, length)
 
     @property

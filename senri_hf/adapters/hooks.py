@@ -61,6 +61,7 @@ def layer_hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
                     "it is now: MemoryCache.for_model(model)"
                 )
             memory.check_rows(hidden.shape[0])
+            memory.follow(hidden.device)
         elif block.keeps_context:
             memory = context.layer_in_any_cache(adapter.layer_idx, block.new_cache_layer)
         added = block.read_and_write(hidden, result, memory, context)

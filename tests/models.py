@@ -377,6 +377,36 @@ def greedy(model: PeftModel, ids: Tensor, memory: MemoryCache, new: int = 12, **
     return out[:, ids.shape[1] :]
 
 
+def held_tensors(thing: Any) -> list[Tensor]:
+    """All tensors that a memory layer or a cache keeps alive, wherever it keeps them; those of no model."""
+    found: list[Tensor] = []
+    seen: set[int] = set()
+
+    def visit(thing: Any) -> None:
+        if id(thing) in seen or isinstance(thing, (torch.nn.Module, type)):
+            return
+        seen.add(id(thing))
+        if isinstance(thing, Tensor):
+            found.append(thing)
+        elif isinstance(thing, dict):
+            for value in thing.values():
+                visit(value)
+        elif isinstance(thing, (list, tuple)):
+            for value in thing:
+                visit(value)
+        elif hasattr(thing, "__dict__"):
+            visit(vars(thing))
+
+    visit(thing)
+    return found
+
+
+def held_storage(thing: Any) -> int:
+    """Bytes of all of them, rollback included, whether they are counted or not."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held_tensors(thing)}
+    return sum(storages.values())
+
+
 def assert_close(ours: Tensor, theirs: Tensor, what: str = "", tolerance: float = 2e-4) -> None:
     """Equal to float tolerance, relative to the largest value."""
     assert ours.shape == theirs.shape, f"{what}: {list(ours.shape)} and {list(theirs.shape)}"

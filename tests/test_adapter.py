@@ -23,6 +23,7 @@ from senri_hf.adapters import MemoryTuner
 from senri_hf.adapters.decoder import attention_weights, find_decoder_layers
 from senri_hf.adapters.episodic import EpisodicAdapterConfig
 from senri_hf.adapters.layer import MemoryAdapterLayer
+from senri_hf.memory import file
 from senri_hf.memory.attention_layer import AttentionMemoryLayer
 from senri_hf.memory.decoder import find_decoder
 
@@ -602,3 +603,81 @@ def test_the_status_of_an_adapter_is_that_of_any(llama: Trained) -> None:
     assert [layer.name for layer in model.get_layer_status()] == [
         f"model.model.layers.{index}.memory_adapter" for index in MEMORY_LAYERS
     ]
+
+
+# Several memories.
+
+
+def several(names: dict[str, int]) -> PeftModel:
+    """A model with adapters added in this order, each as its seed makes it, all of them in use."""
+    model = get_peft_model(tiny_model("llama"), settings(), adapter_name=next(iter(names)))
+    for name in list(names)[1:]:
+        model.add_adapter(name, settings(surprise="nll") if name == "nats" else settings())
+    for name, seed in names.items():
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for key, parameter in model.named_parameters():
+                if f"senri_block.{name}." in key:
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    model.base_model.set_adapter(list(names))
+    return model.eval()
+
+
+def test_a_memory_of_several_adapters_loads_with_all_of_them(tmp_path: Path) -> None:
+    """In whatever order they were added; another one under either name is refused."""
+    memory = remembering(several({"home": 1, "nats": 2}))
+    memory.save_pretrained(tmp_path)
+    other = MemoryCache.from_pretrained(tmp_path, model=several({"home": 1, "nats": 2}))
+    assert identical(other.state_dict(), memory.state_dict())
+    for names in ({"home": 3, "nats": 2}, {"home": 1, "nats": 3}):
+        with pytest.raises(ValueError, match="memory adapter: the memory was made with another one"):
+            MemoryCache.from_pretrained(tmp_path, model=several(names))
+    for names in ({"home": 1}, {"home": 1, "work": 2}):
+        with pytest.raises(ValueError, match=r"memory adapter: .*different names"):
+            MemoryCache.from_pretrained(tmp_path, model=several(names))
+
+
+def test_a_memory_fits_whatever_the_order_in_which_adapters_were_added(tmp_path: Path) -> None:
+    memory = remembering(several({"home": 1, "work": 2, "nats": 3}))
+    memory.save_pretrained(tmp_path)
+    model = get_peft_model(tiny_model("llama"), settings(surprise="nll"), adapter_name="nats")
+    for name in ("work", "home"):
+        model.add_adapter(name, settings())
+    model.load_state_dict(several({"home": 1, "work": 2, "nats": 3}).state_dict())
+    loaded = MemoryCache.from_pretrained(tmp_path, model=model)
+    assert loaded.state_dict().keys() == memory.state_dict().keys()
+    assert all(torch.equal(tensor, memory.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+
+
+def test_a_memory_of_one_adapter_loads_without_the_others(tmp_path: Path) -> None:
+    """Of those that were there, only the one that it is of counts; alone, it may be called anything."""
+    model = several({"home": 1, "work": 2})
+    model.base_model.set_adapter(["home"])
+    memory = remembering(model)
+    memory.save_pretrained(tmp_path)
+    for names in ({"home": 1}, {"default": 1}, {"home": 1, "work": 3}, {"work": 3, "home": 1}):
+        loaded = MemoryCache.from_pretrained(tmp_path, model=several(names))
+        assert len(loaded.state_dict()) == len(memory.state_dict())
+    for names in ({"home": 3}, {"work": 2}, {"work": 1, "home": 2}):
+        with pytest.raises(ValueError, match="memory adapter: the memory was made with another one"):
+            MemoryCache.from_pretrained(tmp_path, model=several(names))
+
+
+@pytest.mark.parametrize("names", [{"home": 1}, {"home": 1, "work": 2}], ids=["one", "two"])
+def test_a_memory_of_the_first_format_still_loads(
+    names: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has one sample of all adapters' weights."""
+    memory = remembering(several(names))
+    fingerprint = memory.model_fingerprint
+    samples = fingerprint["memory_weights"].values()
+    merged = {name: values for sample in samples for name, values in sample.items()}
+    memory.model_fingerprint = {**fingerprint, "memory_weights": merged}
+    with monkeypatch.context() as earlier:
+        earlier.setattr(file, "FORMAT_VERSION", 1)
+        earlier.setattr(file, "card", lambda description: "")
+        memory.save_pretrained(tmp_path)
+    loaded = MemoryCache.from_pretrained(tmp_path, model=several(names))
+    assert identical(loaded.state_dict(), memory.state_dict())
+    with pytest.raises(ValueError, match="memory adapter: the memory was made with another one"):
+        MemoryCache.from_pretrained(tmp_path, model=several(dict.fromkeys(names, 5)))

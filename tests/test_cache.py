@@ -11,25 +11,32 @@ from hypothesis import given
 from hypothesis import strategies as st
 from models import (
     ARCHITECTURES,
+    BUILT_IN_SUBJECTS,
     DEFAULTS,
     LLAMA,
     REMEMBERING,
+    WITHOUT_TRAINING,
     Subject,
     assert_close,
     assert_identical_memory,
     assert_same_memory,
+    blank,
     feed,
     greedy,
+    held_tensors,
     remembering,
     subjects,
     talk,
     tiny_model,
     tokens,
 )
+from peft import PeftModel
 from torch import Tensor
 
 from senri_hf import MemoryCache
+from senri_hf.memory.decoder import find_decoder
 from senri_hf.memory.layer import ROLLBACK_TOKENS
+from senri_hf.memory.real_tokens import real_tokens
 
 
 every_setting = pytest.mark.parametrize("subject", LLAMA, ids=str)
@@ -368,16 +375,32 @@ def test_an_empty_memory_is_data_too(subject: Subject) -> None:
     assert memory.state_dict() == {}
 
 
-@every_mechanism
+@pytest.mark.parametrize("subject", [*LLAMA, *WITHOUT_TRAINING[:1], *BUILT_IN_SUBJECTS], ids=str)
 @torch.no_grad()
-def test_moving_to_a_device_keeps_an_open_conversation(subject: Subject) -> None:
-    """`to` returns the same cache, which goes on."""
-    model, ids = subject.model(), tokens(1, 5, seed=17)
+def test_moving_to_a_device_moves_all_that_is_held(subject: Subject) -> None:
+    """Context, memory and what an open conversation keeps; `to` returns the same cache."""
+    model = subject.model()
     memory = remembering(model)
-    feed(model, memory, ids)
-    expected = feed(model, memory.snapshot(), ids)
-    assert memory.to("cpu") is memory
-    assert torch.equal(feed(model, memory, ids), expected)
+    feed(model, memory, tokens(1, 5, seed=17), [4, 1])
+    assert len(held_tensors(memory)) > len(memory.memory_layers)
+    assert memory.to("meta") is memory
+    assert {tensor.device.type for tensor in held_tensors(memory)} == {"meta"}
+
+
+@pytest.mark.parametrize("subject", [*LLAMA, *BUILT_IN_SUBJECTS], ids=str)
+@torch.no_grad()
+def test_memory_follows_the_layer_that_reads_it(subject: Subject) -> None:
+    """All that a layer holds, open conversation included; where it already is, nothing moves."""
+    model = subject.model()
+    memory = remembering(model)
+    feed(model, memory, tokens(1, 5, seed=17), [4, 1])
+    for layer in memory.memory_layers:
+        before = held_tensors(layer)
+        layer.follow(torch.device("cpu"))
+        assert all(one is other for one, other in zip(held_tensors(layer), before, strict=True))
+        layer.follow(torch.device("meta"))
+        assert {tensor.device.type for tensor in held_tensors(layer)} == {"meta"}
+        assert layer.device is not None and layer.device.type == "meta"
 
 
 @every_remembering
@@ -435,6 +458,23 @@ def assert_decoding_is_greedy(subject: Subject, way: str) -> None:
     expected = greedy(model, ids, plain, new=14)
     assert torch.equal(greedy(model, ids, memory, new=14, **kwargs), expected)
     assert memory.get_seq_length() == plain.get_seq_length()
+    assert_same_memory(memory, plain)
+
+
+@every_mechanism
+@torch.no_grad()
+def test_more_candidates_than_can_be_taken_back_are_refused(subject: Subject) -> None:
+    """Before anything is taken in, with what to set."""
+    model, ids = subject.model(), tokens(1, ROLLBACK_TOKENS + 9, seed=28).repeat(1, 3)
+    memory = remembering(model)
+    before = memory.state_dict()
+    with pytest.raises(ValueError, match=r"65 candidates .* 64 tokens .*prompt_lookup_num_tokens"):
+        greedy(model, ids, memory, prompt_lookup_num_tokens=ROLLBACK_TOKENS + 1)
+    assert memory.get_seq_length() == 0
+    assert_identical_memory(memory.state_dict(), before)
+    plain = memory.snapshot()
+    expected = greedy(model, ids, plain)
+    assert torch.equal(greedy(model, ids, memory, prompt_lookup_num_tokens=ROLLBACK_TOKENS), expected)
     assert_same_memory(memory, plain)
 
 
@@ -502,9 +542,7 @@ def test_a_memory_with_too_few_rows_says_what_to_do(subject: Subject, kwargs: di
 @torch.no_grad()
 def test_generated_tokens_are_not_written_when_that_is_set(subject: Subject) -> None:
     """Memory is that of the prompt, however it was decoded."""
-    if "write_generated" not in subject.fresh().peft_config["default"].to_dict():
-        pytest.skip("the mechanism has no such setting")
-    model, ids = subject.build(write_generated=False), tokens(1, 6, seed=24).repeat(1, 3)
+    model, ids = not_writing_replies(subject), tokens(1, 6, seed=24).repeat(1, 3)
     before = remembering(model)
     expected = before.snapshot()
     feed(model, expected, ids)
@@ -514,10 +552,59 @@ def test_generated_tokens_are_not_written_when_that_is_set(subject: Subject) -> 
         assert_same_memory(memory, expected)
 
 
+def not_writing_replies(subject: Subject) -> PeftModel:
+    """A model whose memory takes in prompts alone."""
+    if "write_generated" not in subject.fresh().peft_config["default"].to_dict():
+        pytest.skip("the mechanism has no such setting")
+    return subject.build(write_generated=False)
+
+
+@every_mechanism
+@pytest.mark.parametrize("length", [1, 9])
+@pytest.mark.filterwarnings("ignore:.*assistant.*")
+@torch.no_grad()
+def test_accepted_candidates_are_not_written_when_that_is_set(subject: Subject, length: int) -> None:
+    """Those that come with the prompt in the first pass included."""
+    model, ids = not_writing_replies(subject), tokens(1, length, seed=26)
+    memory, expected = MemoryCache.for_model(model), MemoryCache.for_model(model)
+    feed(model, expected, ids)
+    assistant = subject.plain()  # with a new memory it is the model itself
+    assistant.generation_config.update(
+        num_assistant_tokens=5, num_assistant_tokens_schedule="constant", assistant_confidence_threshold=0.0
+    )
+    passes: list[int] = []
+    decoder = find_decoder(model.get_base_model())
+    decoder.register_forward_pre_hook(lambda module, args, given: passes.append(1), with_kwargs=True)
+    assert greedy(model, ids, memory, new=12, assistant_model=assistant).shape[1] == 12
+    assert len(passes) <= 3
+    assert memory.tokens_seen.tolist() == [length]
+    assert_same_memory(memory, expected)
+
+
+@every_mechanism
+@pytest.mark.parametrize("way", ["plain", "prompt lookup"])
+@torch.no_grad()
+def test_a_later_prompt_is_written_when_replies_are_not(subject: Subject, way: str) -> None:
+    """However the reply before it was decoded."""
+    model, ids = not_writing_replies(subject), tokens(1, 6, seed=24).repeat(1, 3)
+    memory = remembering(model)
+    expected = memory.snapshot()
+    said = greedy(model, ids, memory, new=9, **WAYS.get(way, {}))
+    whole = torch.cat([ids, said, tokens(1, 7, seed=27)], dim=1)
+    greedy(model, whole, memory, new=5)
+    fed = memory.get_seq_length() - 4
+    feed(model, expected, ids)
+    with expected.read_only():
+        feed(model, expected, said[:, :-1])
+    feed(model, expected, whole[:, ids.shape[1] + said.shape[1] - 1 :])
+    assert fed == whole.shape[1] == expected.get_seq_length()
+    assert_same_memory(memory, expected)
+
+
 @every_mechanism
 @torch.no_grad()
-def test_a_static_mask_tells_padding_too(subject: Subject) -> None:
-    """A bool mask, as some callers give it, is a mask."""
+def test_a_bool_mask_tells_padding_too(subject: Subject) -> None:
+    """As some callers give it."""
     model, ids = subject.model(), tokens(2, 9, seed=25)
     mask = torch.ones_like(ids)
     mask[0, :4] = 0
@@ -528,6 +615,58 @@ def test_a_static_mask_tells_padding_too(subject: Subject) -> None:
         model(input_ids=ids, attention_mask=kind, position_ids=positions, past_key_values=memory)
         held.append(memory.state_dict())
     assert_identical_memory(*held)
+
+
+SIDES = {"left": slice(0, 4), "right": slice(7, None)}
+# How callers say which token sees which, [B, 1, T, columns] bool.
+KINDS_OF_MASK: dict[str, Callable[[Tensor], Any]] = {
+    "bool": lambda mask: mask,
+    "added": lambda mask: torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min),
+    # A static cache's columns are all there from the start.
+    "wider": lambda mask: torch.nn.functional.pad(mask, (0, 5)),
+}
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("kind", KINDS_OF_MASK)
+def test_a_mask_of_which_token_sees_which_tells_padding(side: str, kind: str) -> None:
+    """In the first pass of a context and in a later one."""
+    mask = torch.ones(2, 11, dtype=torch.bool)
+    mask[0, SIDES[side]] = False
+    for past, length in ((0, 11), (3, 8), (10, 1)):
+        seen = (torch.ones(11, 11, dtype=torch.bool).tril() & mask[:, None, None])[:, :, past:]
+        real, _ = real_tokens(torch.zeros(2, length), KINDS_OF_MASK[kind](seen), None, {}, past)
+        assert torch.equal(real, mask[:, past:])
+
+
+@pytest.mark.parametrize("subject", [*DEFAULTS, WITHOUT_TRAINING[0], BUILT_IN_SUBJECTS[0]], ids=str)
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("positions", [False, True], ids=["no positions", "positions"])
+@torch.no_grad()
+def test_a_mask_of_which_token_sees_which_writes_no_padding(subject: Subject, side: str, positions: bool) -> None:
+    """Memory is that of a mask of tokens."""
+    model, ids = subject.model(), tokens(2, 11, seed=25)
+    mask = torch.ones_like(ids)
+    mask[0, SIDES[side]] = 0
+    given = {"position_ids": (mask.cumsum(1) - 1).clamp_min(0)} if positions else {}
+    seen = torch.ones(11, 11, dtype=torch.bool).tril() & mask[:, None, None].bool()
+    held = []
+    for kind in (mask, KINDS_OF_MASK["added"](seen)):
+        memory = blank(model)
+        model(input_ids=ids, attention_mask=kind, past_key_values=memory, **given)
+        held.append(memory)
+        assert memory.tokens_seen.tolist() == [7, 11]
+    for row in ([0], [1]):
+        assert_same_memory(held[0].select_rows(row), held[1].select_rows(row))
+
+
+@pytest.mark.parametrize("subject", [*DEFAULTS, WITHOUT_TRAINING[0], BUILT_IN_SUBJECTS[0]], ids=str)
+def test_a_mask_that_does_not_tell_padding_is_refused(subject: Subject) -> None:
+    model = subject.model()
+    memory = blank(model)
+    with pytest.raises(ValueError, match=r"attention_mask of shape \[1, 5, 5\] was given"):
+        model(input_ids=tokens(1, 5), attention_mask=torch.ones(1, 5, 5), past_key_values=memory)
+    assert memory.get_seq_length() == 0 and memory.state_dict() == {}
 
 
 @pytest.mark.parametrize("copy", ["snapshot", "fork", "select_rows"])

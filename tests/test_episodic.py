@@ -28,7 +28,7 @@ from senri_hf import EpisodicConfig, MemoryAdapterConfig, MemoryCache
 from senri_hf.memory import AttentionWeights, EpisodicReader, episodic, episodic_reference
 from senri_hf.memory.episodic import EMPTY, EpisodicState, end_conversation, pass_cycles, stage_segment
 from senri_hf.memory.episodic_layer import EpisodicLayer
-from senri_hf.memory.episodic_reader import Reading
+from senri_hf.memory.episodic_reader import TOPIC_SCALE, MemoryView, Reading
 from senri_hf.memory.owner import owners
 
 
@@ -167,7 +167,6 @@ def read(reader: EpisodicReader, tokens: Tensor, state: EpisodicState) -> Readin
 @pytest.mark.parametrize("kind", READERS)
 @pytest.mark.parametrize("store_slots", [4, 0])
 @given(seed=st.integers(0, 10_000))
-@settings(max_examples=3)
 def test_a_read_is_what_the_formulas_say(kind: str, store_slots: int, seed: int) -> None:
     """What is added, the mass on store slots, and gradients to the reader, to what asks and to what is held."""
     config = settings_of(store_slots=store_slots)
@@ -343,7 +342,10 @@ def test_statistics_are_the_exponential_mean_and_deviation() -> None:
     state = put_tokens(state, vectors(1, 2, torch.Generator().manual_seed(1))[0], values[1:], config)
     weights = [0.25 * 0.75 ** (2 - i) for i in range(3)]
     mean = sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights)
-    assert float(state.surprise_mean / state.surprise_weight) == pytest.approx(mean)
+    variance = sum(w * (v - mean) ** 2 for w, v in zip(weights, values, strict=True)) / sum(weights)
+    sums = tuple(t[:, None].expand(1, 2) for t in (state.surprise_mean, state.surprise_square, state.surprise_weight))
+    found = [float(column[0, 0]) for column in episodic.surprise_threshold(state, sums, config)[:2]]
+    assert found == pytest.approx([mean, math.sqrt(variance)])
 
 
 def test_a_row_without_tokens_does_not_age() -> None:
@@ -469,26 +471,60 @@ def check_surprise() -> None:
     assert_close(memory.memory_layers[0].now.committed.surprise_mean[0], last, "surprise of the last token")
 
 
+def test_embeddings_are_refused_where_surprise_is_that_of_tokens() -> None:
+    """Before attention takes anything in; without the adapter they are read."""
+    model = SUBJECT.build(surprise="nll")
+    memory, embeds = remembering(model), model.get_input_embeddings()(tokens(1, 6))
+    before = memory.state_dict()
+    with torch.no_grad(), pytest.raises(ValueError, match="surprise='nll' needs token ids"):
+        model(inputs_embeds=embeds, past_key_values=memory)
+    assert memory.get_seq_length() == 0
+    assert_identical_memory(memory.state_dict(), before)
+    with torch.no_grad(), model.disable_adapter():
+        model(inputs_embeds=embeds, past_key_values=memory)
+    assert memory.get_seq_length() == 6
+
+
 def check_predictor_rank() -> None:
     assert owners(model_with(predictor_rank=5))[0].senri_block["default"].predictor[0].out_features == 5
 
 
+def after_two_conversations(**changes: Any) -> tuple[EpisodicReader, MemoryView, list[int]]:
+    """A reader that goes by topics alone, what it sees, and the ages of both conversations."""
+    config = settings_of(buffer_slots=12, **changes)
+    state = blank(config, size=8)
+    for seed in (1, 2):
+        said = vectors(1, 4, torch.Generator().manual_seed(seed), 8)[0]
+        state = end_conversation(put_tokens(state, said, [1.0] * 4, config), config)
+    reader = reader_of(config, "grouped")
+    reader.topic_scale.fill_(TOPIC_SCALE)
+    reader.age_scale.zero_()
+    view = reader.project(state)
+    ages = view.conversation[0].any(-1).nonzero()[:, 0].tolist()
+    assert len(ages) == 2
+    return reader, view, ages
+
+
 def check_topic_size() -> None:
     """Topics have that width, and are what conversations are told apart by."""
-    state = put_tokens(
-        blank(settings_of(), size=8), vectors(1, 4, torch.Generator().manual_seed(1), 8)[0], [1.0] * 4, settings_of()
-    )
     for size in (3, 5):
-        reader = reader_of(settings_of(topic_size=size), "grouped")
-        assert reader.project(state).topics.shape[-1] == size
+        reader, view, ages = after_two_conversations(topic_size=size)
+        assert view.topics.shape[-1] == size
+        for age in ages:
+            asked = view.topics[:, :, age].flatten(1)[:, None]
+            assert (reader.score_conversations(asked, view.topics, view.recency).argmax(-1) == age).all()
 
 
 def check_num_topics() -> None:
-    state = put_tokens(
-        blank(settings_of(), size=8), vectors(1, 4, torch.Generator().manual_seed(1), 8)[0], [1.0] * 4, settings_of()
-    )
+    """A conversation is as similar as its topics are on average."""
     for topics in (1, 3):
-        assert reader_of(settings_of(num_topics=topics), "grouped").project(state).topics.shape[1] == topics
+        reader, view, ages = after_two_conversations(num_topics=topics)
+        assert view.topics.shape[1] == topics
+        asked = torch.randn(topics, view.topics.shape[-1])
+        similar = torch.stack([torch.cosine_similarity(asked, view.topics[0, :, age], dim=-1).mean() for age in ages])
+        shares = reader.score_conversations(asked.flatten()[None, None], view.topics, view.recency)
+        expected = (TOPIC_SCALE * similar).log_softmax(0)
+        assert_close(shares[0, :, 0, ages], expected.expand(reader.num_heads, -1), "shares")
 
 
 def check_contrastive_weight() -> None:

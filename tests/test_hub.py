@@ -1,6 +1,8 @@
 """A memory adapter's folder explains itself, and is what goes to the Hub."""
 
+import copy
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from models import MEMORY_LAYERS, SMALL, perturb, tiny_model
+from models import MEMORY_LAYERS, SMALL, assert_identical_memory, perturb, remembering, tiny_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 import senri_hf
-from senri_hf import EpisodicConfig, MemoryAdapterConfig
+from senri_hf import EpisodicConfig, MemoryAdapterConfig, MemoryCache
 from senri_hf.adapters import adapter_card, hub, push_to_hub, save_adapter
+from senri_hf.memory import file
 
 
 @pytest.fixture
@@ -109,7 +112,7 @@ def test_a_model_without_memory_is_refused(tmp_path: Path) -> None:
 
 
 class Hub:
-    """Stands in for the Hub's client and keeps what it was given."""
+    """Stands in for the Hub's client and keeps what it was given last."""
 
     def __init__(self, token: str | bool | None = None) -> None:
         self.token = token
@@ -117,14 +120,14 @@ class Hub:
 
     def create_repo(self, repo_id: str, **kwargs: Any) -> SimpleNamespace:
         self.repo = {"repo_id": repo_id, **kwargs}
-        return SimpleNamespace(repo_id=f"someone/{repo_id}")
+        return SimpleNamespace(repo_id=repo_id if "/" in repo_id else f"someone/{repo_id}")
 
     def upload_folder(self, folder_path: str, **kwargs: Any) -> str:
         self.upload = kwargs
         self.files = {
-            str(file.relative_to(folder_path)): file.read_bytes()
-            for file in Path(folder_path).rglob("*")
-            if file.is_file()
+            str(path.relative_to(folder_path)): path.read_bytes()
+            for path in Path(folder_path).rglob("*")
+            if path.is_file()
         }
         return "https://example.org/commit/1"
 
@@ -142,8 +145,72 @@ def test_the_folder_is_what_is_uploaded(monkeypatch: pytest.MonkeyPatch, tmp_pat
         "commit_message": "Upload memory adapter",
     }
     save_adapter(model, tmp_path, license="mit")
-    assert Hub.made.files == {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    assert Hub.made.files == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert json.loads(Hub.made.files["adapter_config.json"])["peft_type"] == "SENRI"
+
+
+@pytest.fixture
+def model() -> PeftModel:
+    """A model with an adapter that has a name of its own."""
+    return perturb(get_peft_model(tiny_model("llama"), config(), adapter_name="friend").eval())
+
+
+def test_a_memory_is_uploaded_as_it_is_saved(model: PeftModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(file, "HfApi", Hub)
+    memory = remembering(model, rows=2)
+    address = memory.push_to_hub("alice", private=True, token="t", revision="next", commit_message="Met Alice")
+    assert address == "https://example.org/commit/1"
+    assert Hub.made.token == "t"
+    assert Hub.made.repo == {"repo_id": "alice", "private": True, "exist_ok": True}
+    assert Hub.made.upload == {"repo_id": "someone/alice", "revision": "next", "commit_message": "Met Alice"}
+    assert set(Hub.made.files) == {file.WEIGHTS, file.DESCRIPTION, "README.md"}
+    for name, contents in Hub.made.files.items():
+        (tmp_path / name).write_bytes(contents)
+    loaded = MemoryCache.from_pretrained(tmp_path, model=model)
+    assert_identical_memory(loaded.state_dict(), memory.state_dict())
+
+
+@pytest.mark.parametrize("named", [{}, {"repo_id": "someone/other"}], ids=["by its folder", "by name"])
+def test_a_memory_is_saved_and_uploaded(
+    model: PeftModel, named: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(file, "HfApi", Hub)
+    memory = remembering(model)
+    memory.save_pretrained(tmp_path / "alice", push_to_hub=True, token="t", **named)
+    assert Hub.made.token == "t"
+    assert Hub.made.repo["repo_id"] == named.get("repo_id", "alice")
+    assert set(Hub.made.files) == {path.name for path in (tmp_path / "alice").iterdir()}
+    loaded = MemoryCache.from_pretrained(tmp_path / "alice", model=model)
+    assert_identical_memory(loaded.state_dict(), memory.state_dict())
+
+
+def test_a_memory_comes_from_the_hub(model: PeftModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of its repository only the safetensors file is asked for."""
+    memory = remembering(model)
+    memory.save_pretrained(tmp_path)
+    asked = []
+
+    def download(*args: Any, **kwargs: Any) -> str:
+        asked.append((args, kwargs))
+        return str(tmp_path / file.WEIGHTS)
+
+    monkeypatch.setattr(file, "hf_hub_download", download)
+    loaded = MemoryCache.from_pretrained("someone/alice", model=model, revision="next", token="t")
+    assert asked == [(("someone/alice", file.WEIGHTS), {"revision": "next", "token": "t"})]
+    assert_identical_memory(loaded.state_dict(), memory.state_dict())
+
+
+def test_a_memorys_card_says_what_made_it(model: PeftModel, tmp_path: Path) -> None:
+    """Model and adapter, each with a fingerprint that another one has not."""
+    remembering(model).save_pretrained(tmp_path / "one")
+    other = perturb(copy.deepcopy(model), seed=5)
+    remembering(other).save_pretrained(tmp_path / "two")
+    cards = [(tmp_path / name / "README.md").read_text() for name in ("one", "two")]
+    found = [dict(re.findall(r"\| fingerprint of (.*) \| `(\w{12})` \|", card)) for card in cards]
+    assert set(found[0]) == {"the model", "`friend` in it"}
+    assert found[0]["the model"] == found[1]["the model"]
+    assert found[0]["`friend` in it"] != found[1]["`friend` in it"]
+    assert all("0 (friend), 2 (friend)" in card for card in cards)
 
 
 def test_nothing_is_created_when_saving_fails(monkeypatch: pytest.MonkeyPatch) -> None:

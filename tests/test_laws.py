@@ -21,6 +21,7 @@ from models import (
     SETTINGS,
     SMALL,
     SUBJECTS,
+    VOCABULARY,
     WITHOUT_TRAINING,
     Subject,
     assert_close,
@@ -29,6 +30,7 @@ from models import (
     blank,
     feed,
     greedy,
+    held_storage,
     padded,
     remembering,
     subjects,
@@ -38,6 +40,7 @@ from models import (
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor
+from transformers import StoppingCriteria
 
 from senri_hf import MemoryCache
 from senri_hf.adapters.mechanisms import MECHANISMS
@@ -254,10 +257,62 @@ def test_every_beam_carries_its_own_memory(subject: Subject) -> None:
     assert texts & {tuple(row) for row in read.tolist()}
 
 
+class StopsAfter(StoppingCriteria):
+    """Ends a row after a token, as `stop_strings` do after a text."""
+
+    def __init__(self, token: int) -> None:
+        self.token = token
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return input_ids[:, -1] == self.token
+
+
+# By a token that one row says and one that none says: what a model's config says of ends, what `generate()` is told,
+# and what it pads with.
+ENDINGS: dict[str, Callable[[int, int], tuple[dict[str, Any], dict[str, Any], int]]] = {
+    "padding of its own": lambda end, unsaid: ({"eos_token_id": end}, {"eos_token_id": end}, PAD),
+    "no padding": lambda end, unsaid: ({"eos_token_id": end, "pad_token_id": None}, {"eos_token_id": end}, end),
+    "two ends": lambda end, unsaid: (
+        {"eos_token_id": [end, unsaid], "pad_token_id": None},
+        {"eos_token_id": [unsaid, end]},
+        unsaid,
+    ),
+    "padding is the end": lambda end, unsaid: (
+        {"eos_token_id": end, "pad_token_id": end},
+        {"eos_token_id": end},
+        end,
+    ),
+    "padding is the end for generate": lambda end, unsaid: (
+        {"eos_token_id": end},
+        {"eos_token_id": end, "pad_token_id": end},
+        end,
+    ),
+    "an end for generate": lambda end, unsaid: ({"eos_token_id": unsaid}, {"eos_token_id": end}, PAD),
+    # Without any end `generate()` would pad nothing.
+    "stopped": lambda end, unsaid: (
+        {"eos_token_id": unsaid},
+        {"eos_token_id": unsaid, "stopping_criteria": [StopsAfter(end)]},
+        PAD,
+    ),
+}
+
+
 @every_setting
 @torch.no_grad()
 def test_a_finished_row_writes_no_padding(subject: Subject) -> None:
     """While the others go on, its memory stays that of its own text and the end that it was fed."""
+    assert_padding_is_not_written(subject, "padding of its own")
+
+
+@pytest.mark.parametrize("subject", [*DEFAULTS, *WITHOUT_TRAINING[:1], *BUILT_IN_SUBJECTS[:1]], ids=str)
+@pytest.mark.parametrize("ending", list(ENDINGS)[1:])
+@torch.no_grad()
+def test_a_finished_row_writes_no_padding_however_it_ends(subject: Subject, ending: str) -> None:
+    """Whatever ends it, and whatever it is padded with."""
+    assert_padding_is_not_written(subject, ending)
+
+
+def assert_padding_is_not_written(subject: Subject, ending: str) -> None:
     plain = subject.build()
     for seed in range(40, 60):  # until one row says something that the other does not
         ids = tokens(2, 7, seed)
@@ -266,12 +321,14 @@ def test_a_finished_row_writes_no_padding(subject: Subject) -> None:
         if ends and text[0].tolist().index(ends[0]) < 11:
             end = ends[0]
             break
-    model = subject.build(model={"eos_token_id": end})
+    unsaid = next(token for token in range(3, VOCABULARY) if token not in text)
+    config, told, filler = ENDINGS[ending](end, unsaid)
+    model = subject.build(model=config)
     before = remembering(model, rows=2)
     memory = before.snapshot()
-    out = greedy(model, ids, memory, new=14, eos_token_id=end)
+    out = greedy(model, ids, memory, new=14, **told)
     stop = out[0].tolist().index(end) + 1
-    assert (out[0, stop:] == PAD).all() and out.shape[1] > stop + 2
+    assert (out[0, stop:] == filler).all() and out.shape[1] > stop + 2
     alone = before.select_rows([0])
     feed(model, alone, torch.cat([ids[:1], out[:1, :stop]], dim=1))
     assert_same_memory(memory.select_rows([0]), alone)
@@ -652,30 +709,6 @@ def test_a_memory_is_not_saved_over_a_file(tmp_path: Path) -> None:
 # 5. Fixed size.
 
 
-def held_storage(layer: Any) -> int:
-    """Bytes of all tensors that a memory layer keeps alive, rollback included, whether it counts them or not."""
-    storages: dict[int, int] = {}
-    seen: set[int] = set()
-
-    def visit(thing: Any) -> None:
-        if id(thing) in seen:
-            return
-        seen.add(id(thing))
-        if isinstance(thing, Tensor):
-            storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
-        elif isinstance(thing, dict):
-            for value in thing.values():
-                visit(value)
-        elif isinstance(thing, (list, tuple)):
-            for value in thing:
-                visit(value)
-        elif hasattr(thing, "__dict__"):
-            visit(vars(thing))
-
-    visit(layer)
-    return sum(storages.values())
-
-
 @every_setting_of_states
 @pytest.mark.parametrize("way", ["whole", "pieces", "read only", "padding"])
 @torch.no_grad()
@@ -797,6 +830,20 @@ def test_read_only_changes_nothing(subject: Subject, is_open: bool) -> None:
     if not is_open:
         memory.clear_context()
         assert_identical_memory(memory.state_dict(), before)
+
+
+@every_setting
+@torch.no_grad()
+def test_a_new_memory_that_was_only_read_is_new(subject: Subject) -> None:
+    """It holds nothing, and serves a batch of any size."""
+    model, ids = subject.model(), tokens(1, 9, seed=26)
+    memory, new = blank(model), blank(model)
+    with memory.read_only():
+        feed(model, memory, tokens(4, 13, seed=27))
+    memory.clear_context()
+    assert (memory.nbytes, memory.rows, memory.tokens_seen.tolist(), memory.state_dict()) == (0, None, [], {})
+    assert torch.equal(feed(model, memory, ids), feed(model, new, ids))
+    assert_identical_memory(memory.state_dict(), new.state_dict())
 
 
 def test_subjects_of_one_setting_can_be_asked_for() -> None:

@@ -97,7 +97,7 @@ class BankBlock(nn.Module, MemoryBlock):
     ) -> Tensor | None:
         self.check_routing(context)
         layer = cast("BankLayer | None", memory)
-        if layer is not None and context.generated and "hybrid" in self.config.routing_strategies:
+        if layer is not None and context.is_generated and "hybrid" in self.config.routing_strategies:
             layer.end_prompt()
         real, starts = context.tokens_and_documents
         # In the adapter's own dtype, which PEFT keeps at float32.

@@ -28,6 +28,11 @@ class MemoryBlock(ABC):
     def new_cache_layer(self, layer_idx: int, adapter_name: str) -> MemoryLayer:
         """A blank cache layer for the state that it reads and writes; asked for where `has_memory`."""
 
+    @property
+    def takes_ids_for(self) -> str | None:
+        """What it cannot do in a pass that is given embeddings alone; None where it takes them as well."""
+        return None
+
     @abstractmethod
     def read_and_write(
         self, hidden: Tensor, output: Tensor, memory: MemoryLayer | None, context: ForwardContext

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from ..configuration import CompressiveConfig
@@ -23,9 +24,9 @@ class CompressiveAdapterConfig(CompressiveConfig, MemoryAdapterConfig):
     Args:
         read_scope: `"conversation"`: a token reads what past conversations left. `"tokens"`: it also reads every token
             of its own conversation before it.
-        write_generated: Whether tokens that `generate()` produced are written too. When False, a call that continues
-            a context by one token a row (as decoding does) or that is a candidate check of assisted decoding only
-            reads.
+        write_generated: Whether tokens that `generate()` produced are written too. When False, tokens with which
+            a call continues a context one at a time, as decoding does (and a last chunk of one token of a prompt fed
+            in chunks), and candidates of assisted decoding are only read.
     """
 
     mechanism: str = "compressive"
@@ -63,9 +64,13 @@ class CompressiveBlock(CompressiveMemory, MemoryBlock):
     ) -> Tensor | None:
         if memory is None:
             return None
-        layer = cast(CompressiveLayer, memory)
-        point = layer.point(self.shape, hidden.shape[0], hidden.device)
+        layer, reads = cast(CompressiveLayer, memory), []
         encoded = self.norm(hidden.to(self.o_proj.weight.dtype))
-        read, step = self(encoded, point, context.layout, writes=context.writes(layer))
-        layer.commit(step, hidden.shape[1])
-        return None if self.reads_past_only and point.blank else read
+        for columns, writes in context.stretches(layer):
+            point, part = layer.point(self.shape, hidden.shape[0], hidden.device), encoded[:, columns]
+            read, step = self(part, point, context.layout(columns), writes=writes)
+            layer.commit(step, part.shape[1])
+            reads.append(read)
+        if self.reads_past_only and point.blank:
+            return None
+        return reads[0] if len(reads) == 1 else torch.cat(reads, dim=1)

@@ -11,8 +11,9 @@ from transformers.cache_utils import Cache
 
 from ..memory import MemoryCache, MemoryLayer
 from ..memory.cache import layer_in
+from ..memory.layer import ROLLBACK_TOKENS
 from ..memory.layout import Layout
-from ..memory.real_tokens import document_starts, padding_after_end, real_tokens
+from ..memory.real_tokens import AfterEnd, document_starts, real_tokens
 
 
 @dataclass
@@ -21,10 +22,10 @@ class ForwardContext:
 
     Attributes:
         num_heads: Attention heads of the model; `model` makes logits of hidden states.
-        pad_id, end_ids: Tokens that follow a finished row, and those that finish one.
         memory: The cache of this pass, if it is a memory cache.
         ids: [B, T] its token ids, where they were given.
-        generated: Whether this pass continues a context the way decoding does.
+        logits_to_keep: How many of the last tokens are asked for their logits, where that was said.
+        generated_from: The first column of this pass that `generate()` produced, T where there is none.
         given: The decoder's arguments by name.
         cache: The cache of this pass, whatever it is.
         adapter_name: The adapter whose block is being called.
@@ -34,11 +35,10 @@ class ForwardContext:
 
     num_heads: int
     model: PreTrainedModel | None = None
-    pad_id: int | None = None
-    end_ids: tuple[int, ...] = ()
     memory: MemoryCache | None = None
     ids: Tensor | None = None
-    generated: bool = False
+    logits_to_keep: Any = None
+    generated_from: int = 0
     given: dict[str, Any] = field(default_factory=dict)
     waiting: dict[Callable[..., None], list[Any]] = field(default_factory=dict)
     found: tuple[Tensor, bool] | None = None
@@ -48,13 +48,15 @@ class ForwardContext:
     streams: Layout | None = None
 
     def clear(self) -> None:
-        self.memory, self.ids, self.generated, self.found, self.streams = None, None, False, None, None
-        self.given, self.waiting, self.shared, self.cache = {}, {}, {}, None
+        self.memory, self.ids, self.found, self.streams, self.cache = None, None, None, None, None
+        self.given, self.waiting, self.shared = {}, {}, {}
+        self.logits_to_keep, self.generated_from = None, 0
 
     def begin(self, given: dict[str, Any]) -> None:
         """Note what a pass was given; with a memory cache, refuse what it could not take in."""
+        logits_to_keep = self.logits_to_keep
         self.clear()
-        self.given, self.ids = given, given.get("input_ids")
+        self.given, self.ids, self.logits_to_keep = given, given.get("input_ids"), logits_to_keep
         cache = next((value for value in given.values() if isinstance(value, Cache)), None)
         self.cache = cache
         if not isinstance(cache, MemoryCache):
@@ -63,8 +65,29 @@ class ForwardContext:
         for layer in cache.memory_layers:  # before attention has taken anything in
             layer.check_rows(batch)
         self.memory = cache
-        self.generated = cache.get_seq_length() > 0 and (length == 1 or cache.is_recording)
+        self.generated_from = length - self._generated(cache, length)
         _ = self.real
+
+    def _generated(self, cache: MemoryCache, length: int) -> int:
+        """How many of this pass's columns `generate()` produced: its last ones.
+
+        A single token that continues a context is what decoding feeds. Assisted decoding asks for the logits of its
+        candidates and of the token before them, which is the prompt's last one in the first pass only.
+        """
+        goes_on = cache.get_seq_length() > 0
+        asked = self.logits_to_keep if cache.is_recording and isinstance(self.logits_to_keep, int) else 1
+        asked = 1 if length == 1 else max(asked, 1)
+        if asked > ROLLBACK_TOKENS + 1:
+            raise ValueError(
+                f"{asked - 1} candidates were proposed at once, but memory can take back {ROLLBACK_TOKENS} tokens at "
+                "most. Set prompt_lookup_num_tokens, or the assistant's num_assistant_tokens, to no more"
+            )
+        return length if goes_on and asked == length else min(asked - 1, length)
+
+    @property
+    def is_generated(self) -> bool:
+        """Whether `generate()` produced all tokens of this pass, which a memory cache tells."""
+        return self.memory is not None and self.generated_from == 0
 
     @property
     def tokens(self) -> Tensor:
@@ -84,12 +107,22 @@ class ForwardContext:
     def _find_real(self) -> tuple[Tensor, bool]:
         if self.found is None:
             given = self.given
-            real, all_real = real_tokens(self.tokens, given.get("attention_mask"), given.get("position_ids"), given)
-            if self.memory is not None and self.ids is not None and self.pad_id is not None:
-                real = real & ~padding_after_end(self.ids, self.memory.recent_ids, self.pad_id, self.end_ids)
+            past = 0 if self.cache is None else self.cache.get_seq_length()
+            mask, positions = given.get("attention_mask"), given.get("position_ids")
+            real, all_real = real_tokens(self.tokens, mask, positions, given, past)
+            if self.memory is not None and self.ids is not None:
+                real = real & ~self.after_end.among(self.ids, self.memory.recent_ids)
                 all_real = all_real and self.ids.shape[1] == 1
             self.found = real, all_real
         return self.found
+
+    @property
+    def after_end(self) -> AfterEnd:
+        """What follows a row that has ended; asked anew in every pass, as a model's configs may change."""
+        model: Any = self.model
+        if model is None:
+            return AfterEnd()
+        return AfterEnd.of(getattr(model, "generation_config", None), model.config.get_text_config(decoder=True))
 
     @property
     def tokens_and_documents(self) -> tuple[Tensor, Tensor | None]:
@@ -114,20 +147,28 @@ class ForwardContext:
         attention_layers = self.model.config.get_text_config(decoder=True).num_hidden_layers
         return layer_in(self.cache, layer_idx, self.adapter_name, new_cache_layer, attention_layers)
 
-    @property
-    def layout(self) -> Layout:
-        """How the columns of this pass become streams of real tokens."""
+    def layout(self, columns: slice) -> Layout:
+        """How some columns of this pass become streams of real tokens."""
+        real = self.real[:, columns]
+        if real.shape != self.real.shape:
+            return Layout.of(real)
         if self.streams is None:
-            self.streams = Layout.of(self.real)
+            self.streams = Layout.of(real)
         return self.streams
 
-    def writes(self, memory: MemoryLayer) -> bool:
-        """Whether a memory takes in the real tokens of this pass."""
-        return not (memory.is_read_only or (self.generated and not memory.writes_generated))
+    def stretches(self, memory: MemoryLayer) -> list[tuple[slice, bool]]:
+        """The columns of this pass in order, and whether a memory takes in the real ones among them: all at once, but
+        where candidates that it does not take in come with their prompt.
+        """
+        length = self.real.shape[1]
+        first = length if memory.writes_generated else self.generated_from
+        parts = [(slice(0, first), not memory.is_read_only), (slice(first, length), False)]
+        return [part for part in parts if part[0].stop > part[0].start] or parts[:1]
 
     def written(self, memory: MemoryLayer) -> Tensor:
         """[B, T] the tokens of this pass that a memory takes in."""
-        return self.real if self.writes(memory) else self.real.new_zeros(self.real.shape)
+        parts = [self.real[:, columns] & writes for columns, writes in self.stretches(memory)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def at_end(self, function: Callable[[list[Any], Tensor, "ForwardContext"], None], item: Any) -> None:
         """Have `function(items, last hidden states [B, T, D], context)` called once when the decoder is done.

@@ -58,6 +58,10 @@ class EpisodicBlock(EpisodicReader, MemoryBlock):
     def new_cache_layer(self, layer_idx: int, adapter_name: str) -> MemoryLayer:
         return EpisodicLayer(self.config, layer_idx, adapter_name, self.hidden_size)
 
+    @property
+    def takes_ids_for(self) -> str | None:
+        return "surprise='nll'" if self.predictor is None else None
+
     def read_and_write(
         self, hidden: Tensor, output: Tensor, memory: MemoryLayer | None, context: ForwardContext
     ) -> Tensor | None:
@@ -135,11 +139,7 @@ def shift(hidden: Tensor, real: Tensor, before: Tensor, all_real: bool) -> Tenso
 def negative_log_likelihood(context: ForwardContext, hidden: Tensor) -> Tensor:
     """-log p of every token [B, T] under the model, from the hidden state of the real token before; 0 at the start."""
     memory, real, ids = context.memory, context.real, context.ids
-    assert memory is not None and context.model is not None
-    if ids is None:
-        raise ValueError(
-            "surprise='nll' needs token ids, but inputs_embeds were given; pass input_ids or use surprise='predictor'"
-        )
+    assert memory is not None and ids is not None and context.model is not None
     if memory.recent_hidden is None or memory.recent_real is None:
         past, past_real = hidden[:, :0], real[:, :0]
     else:

@@ -8,16 +8,32 @@ from typing import Any, cast
 
 from torch import nn
 
-from ..memory.decoder import named_arguments
+from ..memory.decoder import find_decoder, named_arguments
 from ..memory.router_loss import share_of_batch, take_router_loss
 from .context import ForwardContext
 from .layer import MemoryAdapterLayer
+
+
+def model_pre_hook(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Note for whose logits the model is asked, of which its decoder is not told."""
+    context: ForwardContext = find_decoder(model).memory_context  # type: ignore[assignment]
+    context.logits_to_keep = kwargs.get("logits_to_keep")
 
 
 def decoder_pre_hook(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Note this pass's memory cache and which tokens are real."""
     context: ForwardContext = decoder.memory_context  # type: ignore[assignment]
     context.begin(named_arguments(decoder, args, kwargs))
+    if context.memory is not None and context.ids is None:
+        check_embeddings(decoder)
+
+
+def check_embeddings(decoder: nn.Module) -> None:
+    """ValueError where a block in use takes token ids, for a pass that is given embeddings alone."""
+    adapters = (module for module in decoder.modules() if isinstance(module, MemoryAdapterLayer))
+    for reason in (block.takes_ids_for for adapter in adapters for block in adapter.blocks.values()):
+        if reason is not None:
+            raise ValueError(f"{reason} needs token ids, but inputs_embeds were given; pass input_ids")
 
 
 def decoder_hook(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -55,6 +71,7 @@ def layer_hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
                     "it is now: MemoryCache.for_model(model)"
                 )
             memory.check_rows(hidden.shape[0])
+            memory.follow(hidden.device)
         elif block.keeps_context:
             memory = context.layer_in_any_cache(adapter.layer_idx, block.new_cache_layer)
         added = block.read_and_write(hidden, result, memory, context)

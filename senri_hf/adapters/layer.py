@@ -45,6 +45,9 @@ class MemoryAdapterLayer(nn.Module, BaseTunerLayer, MemoryOwner):
             block.new_cache_layer(self.layer_idx, name) for name, block in self.senri_block.items() if block.has_memory
         ]
 
+    def memory_modules(self) -> dict[str, nn.Module]:
+        return dict(self.senri_block.items())
+
     @property
     def blocks(self) -> dict[str, MemoryBlock]:
         """The blocks of the active adapters by name; none while adapters are disabled."""

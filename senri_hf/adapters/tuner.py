@@ -12,7 +12,7 @@ from ..memory.decoder import find_decoder
 from .config import MemoryAdapterConfig
 from .context import ForwardContext
 from .decoder import find_decoder_layers
-from .hooks import decoder_hook, decoder_pre_hook, layer_hook, model_hook
+from .hooks import decoder_hook, decoder_pre_hook, layer_hook, model_hook, model_pre_hook
 from .layer import MemoryAdapterLayer, merging
 from .registration import PREFIX
 
@@ -75,23 +75,17 @@ class MemoryTuner(BaseTuner):
         context = getattr(decoder, "memory_context", None)
         if context is None:
             config = self.model.config.get_text_config(decoder=True)
-            generation = getattr(self.model, "generation_config", None)
-            ends = getattr(generation, "eos_token_id", None)
-            ends = config.eos_token_id if ends is None else ends
-            pad = getattr(generation, "pad_token_id", None)
-            context = ForwardContext(
-                num_heads=config.num_attention_heads,
-                model=self.model,
-                pad_id=config.pad_token_id if pad is None else pad,
-                end_ids=tuple(ends) if isinstance(ends, (list, tuple)) else () if ends is None else (ends,),
-            )
+            context = ForwardContext(num_heads=config.num_attention_heads, model=self.model)
             decoder.memory_context = context
             decoder.memory_handles = [
                 decoder.register_forward_pre_hook(decoder_pre_hook, with_kwargs=True),
                 decoder.register_forward_hook(decoder_hook, with_kwargs=True, always_call=True),
             ]
             if decoder is not self.model:
-                decoder.memory_handles.append(self.model.register_forward_hook(model_hook, with_kwargs=True))
+                decoder.memory_handles += [
+                    self.model.register_forward_pre_hook(model_pre_hook, with_kwargs=True),
+                    self.model.register_forward_hook(model_hook, with_kwargs=True),
+                ]
         return context
 
     def delete_adapter(self, adapter_name: str) -> None:

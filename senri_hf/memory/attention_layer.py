@@ -342,6 +342,10 @@ class AttentionMemoryLayer(MemoryLayer):
         return None if self.slots is None else self.slots.batch_size
 
     @property
+    def device(self) -> torch.device | None:
+        return None if self.slots is None else self.slots.tokens.device
+
+    @property
     def nbytes(self) -> int:
         if self.slots is None:
             return 0

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..configuration import BankConfig
 from .bank_router import RouterState, advance
-from .layer import ROLLBACK_TOKENS, MemoryLayer
+from .layer import ROLLBACK_TOKENS, MemoryLayer, too_far_back
 from .state import RowState, check_tensors
 
 
@@ -121,11 +121,7 @@ class BankLayer(MemoryLayer):
             return
         held = sum(chunk.length for chunk in self.open.between)
         if tokens > held:
-            raise ValueError(
-                f"{tokens} tokens are to be taken back, but only the last {held} can be: routing keeps what it needs "
-                f"for {ROLLBACK_TOKENS} tokens of the open conversation. Take a memory.snapshot() before, and restore "
-                "it"
-            )
+            raise too_far_back(tokens, held)
         chunks = zip(*(chunk.tensors().values() for chunk in self.open.between), strict=True)
         columns = Columns(*(torch.cat(parts, dim=1) for parts in chunks))
         assert self.seen is not None
@@ -177,6 +173,10 @@ class BankLayer(MemoryLayer):
         return None if self.seen is None else self.seen.shape[0]
 
     @property
+    def device(self) -> torch.device | None:
+        return None if self.seen is None else self.seen.device
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the routing state; the bank itself is weights of the model."""
         held = 0 if self.open is None else self.open.now.nbytes
@@ -193,6 +193,7 @@ class BankLayer(MemoryLayer):
 
     def _begin(self, x: Tensor) -> None:
         self.check_rows(x.shape[0])
+        self.follow(x.device)
         if self.seen is None:
             self.seen = torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
         if self.open is None:

@@ -56,7 +56,7 @@ class MemoryCache(AssociativeOperations, DynamicCache):
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.model_fingerprint = model_fingerprint or {}
         self.parent: str | None = None
-        self.is_recording = False
+        self.is_recording = False  # whether the open conversation was decoded with candidates
         # The context's last tokens: ids, and where surprise needs them the model's last hidden states and which of
         # them are real.
         self.recent_ids: Tensor | None = None  # [B, R]
@@ -125,6 +125,8 @@ class MemoryCache(AssociativeOperations, DynamicCache):
         """End the conversation: attention forgets all of it, and what memory took in is read from now on."""
         for layer in self.memory_layers:
             layer.clear_context()
+            if layer.is_blank:  # it was read at most: whoever comes next may be other rows
+                layer.reset()
         self._clear_attention()
 
     def _clear_attention(self) -> None:
@@ -412,16 +414,13 @@ class MemoryCache(AssociativeOperations, DynamicCache):
             ValueError: naming what does not fit; this memory is then as it was.
         """
         parts: dict[tuple[str, int], dict[str, Tensor]] = {}
-        for key, tensor in tensors.items():
-            adapter_and_layer, _, name = key.rpartition(".")
-            adapter_name, _, layer_idx = adapter_and_layer.rpartition(".")
+        places = {key: file.place_of(key) for key in tensors}
+        ours = {layer.adapter_name for layer in self.memory_layers}
+        names = file.adapter_names({adapter_name for adapter_name, _, _ in places.values()}, ours)
+        for key, (adapter_name, layer_idx, name) in places.items():
             if not layer_idx.isdigit():
                 raise ValueError(f"{key!r} is no name of a memory tensor: expected adapter.layer.field")
-            parts.setdefault((adapter_name, int(layer_idx)), {})[name] = tensor
-        theirs, ours = {name for name, _ in parts}, {layer.adapter_name for layer in self.memory_layers}
-        if len(theirs) == len(ours) == 1:
-            (name,) = ours
-            parts = {(name, layer_idx): part for (_, layer_idx), part in parts.items()}
+            parts.setdefault((names[adapter_name], int(layer_idx)), {})[name] = tensors[key]
         expected = {(layer.adapter_name, layer.layer_idx): layer for layer in self.memory_layers}
         # An adapter whose memory is blank has no part in a state dict; one that has a part has all its layers in it.
         written = {name for name, _ in parts}

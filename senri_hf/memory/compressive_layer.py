@@ -11,7 +11,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from .compressive import read_backwards
 from .compressive_state import Associations, CompressiveState, MemoryShape, advance, by_head, look_up, take, take_in
-from .layer import ROLLBACK_TOKENS, CountsContext, MemoryLayer
+from .layer import ROLLBACK_TOKENS, CountsContext, MemoryLayer, too_far_back
 from .state import RowState, check_tensors
 
 
@@ -236,6 +236,7 @@ class CompressiveLayer(MemoryLayer):
     def point(self, shape: MemoryShape, batch_size: int, device: torch.device) -> Progress:
         """Where the conversation stands, for a batch of as many rows."""
         self.check_rows(batch_size)
+        self.follow(device)
         self.shape = shape
         if self.now is None:
             return Progress.begin(batch_size, shape, device, commits=self.commits)
@@ -387,11 +388,7 @@ class CompressiveLayer(MemoryLayer):
         passes = () if self.journal is None else (*self.journal.between, *self.journal.since)
         held = sum(one.tokens.columns for one in passes)
         if tokens > held:
-            raise ValueError(
-                f"{tokens} tokens are to be taken back, but only the last {held} can be: memory keeps what it "
-                f"needs for {ROLLBACK_TOKENS} tokens of the open conversation. Take a memory.snapshot() before, and "
-                "restore it"
-            )
+            raise too_far_back(tokens, held)
         assert self.journal is not None and self.shape is not None
         kept, left = [], held - tokens
         for one in passes:
@@ -491,6 +488,10 @@ class CompressiveLayer(MemoryLayer):
         return None if self.now is None else self.now.state.batch_size
 
     @property
+    def device(self) -> torch.device | None:
+        return None if self.now is None else self.now.state.tokens.device
+
+    @property
     def nbytes(self) -> int:
         if self.now is None:
             return 0
@@ -513,6 +514,12 @@ class CompressiveLayer(MemoryLayer):
         if self.now is None:
             return None
         return self.now.state.tokens + (0 if self.now.open is None else self.now.open.written.sum(1))
+
+    @property
+    def is_blank(self) -> bool:
+        """Whether nothing was ever written, and no slot imported or frozen."""
+        state = None if self.now is None else self.now.state
+        return state is None or (super().is_blank and not bool(state.memory.any() | state.frozen.any()))
 
     def summary(self) -> dict[str, float]:
         if self.now is None or self.shape is None:

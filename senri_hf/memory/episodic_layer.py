@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..configuration import EpisodicConfig
 from .episodic import EMPTY, EpisodicState, add_access, end_conversation, pass_cycles, stage_segment, take
-from .layer import ROLLBACK_TOKENS, MemoryLayer
+from .layer import ROLLBACK_TOKENS, MemoryLayer, too_far_back
 from .state import RowState, check_tensors
 
 
@@ -210,11 +210,7 @@ class EpisodicLayer(MemoryLayer):
         chunks = () if self.journal is None else (*self.journal.between, *self.journal.since)
         held = sum(chunk.columns for chunk in chunks)
         if tokens > held:
-            raise ValueError(
-                f"{tokens} tokens are to be taken back, but only the last {held} can be: memory keeps what it "
-                f"needs for {ROLLBACK_TOKENS} tokens of the open conversation. Take a memory.snapshot() before, and "
-                "restore it"
-            )
+            raise too_far_back(tokens, held)
         assert self.journal is not None
         kept = Tokens.join(chunks).slice(0, held - tokens)
         now = self.journal.older
@@ -305,6 +301,10 @@ class EpisodicLayer(MemoryLayer):
     @property
     def rows(self) -> int | None:
         return None if self._now is None else self._now.staged.batch_size
+
+    @property
+    def device(self) -> torch.device | None:
+        return None if self._now is None else self._now.staged.tokens.device
 
     @property
     def nbytes(self) -> int:

@@ -19,7 +19,9 @@ from .fingerprint import difference
 
 WEIGHTS = "memory.safetensors"
 DESCRIPTION = "memory.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+# Those before, which are read too. Format 1 has one sample of weights for all adapters of a model.
+EARLIER_VERSIONS = (1,)
 CODE_SUFFIXES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
 
 
@@ -94,10 +96,10 @@ def load(name_or_path: str | Path, **hub_kwargs: Any) -> tuple[dict[str, Tensor]
         raise damaged from error
     if not isinstance(description, dict):
         raise damaged
-    if description.get("format_version") != FORMAT_VERSION:
+    if description.get("format_version") not in (FORMAT_VERSION, *EARLIER_VERSIONS):
         raise ValueError(
             f"{path} has memory format {description.get('format_version')!r}, but this version of senri_hf reads "
-            f"{FORMAT_VERSION}. Install the version that wrote it, or save the memory again with this one"
+            f"{FORMAT_VERSION} and earlier. Install the version that wrote it, or save the memory again with this one"
         )
     if description.get("checksum") != checksum(tensors, description):
         raise damaged
@@ -147,16 +149,44 @@ def push(
 
 
 def check_fits(theirs: dict[str, Any], ours: dict[str, Any]) -> None:
-    """ValueError naming what differs when a memory was made by another model or with another adapter."""
-    found = difference(theirs["model"], ours["model"])
+    """ValueError naming what differs when a memory was made by another model or with another adapter.
+
+    Only what the memory holds something of counts: adapters that are in one of the models alone may be any.
+    """
+    names = adapter_names({place_of(name)[0] for name in theirs["shapes"]}, {layer[0] for layer in ours["layers"]})
+    model, mine = theirs["model"], ours["model"]
+    weights = model.get("memory_weights", {})
+    if theirs["format_version"] == 1:
+        merged = {key: values for sample in mine.get("memory_weights", {}).values() for key, values in sample.items()}
+        model, mine = {**model, "memory_weights": {"": weights}}, {**mine, "memory_weights": {"": merged}}
+    else:
+        weights = {names[adapter]: sample for adapter, sample in weights.items() if adapter in names}
+        model = {**model, "memory_weights": weights}
+    found = difference(model, mine)
     if found is not None:
         raise ValueError(f"The memory does not fit this model: {found}. Load it with the model that wrote it")
-    for layer, held, expected in zip(ours["layers"], theirs.get("rules", []), ours["rules"], strict=False):
-        if held and held != expected:  # none: an empty layer, or a file that does not say
+    expected = {(layer[0], layer[1]): rules for layer, rules in zip(ours["layers"], ours["rules"], strict=True)}
+    for layer, rules in zip(theirs["layers"], theirs.get("rules", []), strict=False):
+        writes = expected.get((names.get(layer[0]), layer[1]))
+        if rules and writes is not None and rules != writes:  # none: an empty layer, or a file that does not say
             raise ValueError(
-                f"The memory does not fit this model: layer {layer[1]} of it was written by {held}, but this model "
-                f"writes by {expected}. Load it with the model that wrote it"
+                f"The memory does not fit this model: layer {layer[1]} of it was written by {rules}, but this model "
+                f"writes by {writes}. Load it with the model that wrote it"
             )
+
+
+def place_of(name: str) -> tuple[str, str, str]:
+    """Adapter, layer and field of a memory's tensor, of which its name is made."""
+    place, _, field = name.rpartition(".")
+    adapter, _, layer_idx = place.rpartition(".")
+    return adapter, layer_idx, field
+
+
+def adapter_names(theirs: set[str], ours: set[str]) -> dict[str, str]:
+    """By what name this model knows the adapters of a memory: where there is one on either side, whatever it is called
+    there, and by the same name otherwise.
+    """
+    return dict(zip(theirs, ours, strict=True)) if len(theirs) == len(ours) == 1 else {name: name for name in theirs}
 
 
 def checksum(tensors: dict[str, Tensor], description: dict[str, Any]) -> str:
@@ -171,11 +201,19 @@ def checksum(tensors: dict[str, Tensor], description: dict[str, Any]) -> str:
     return digest.hexdigest()
 
 
+def short(weights: dict[str, list[float]]) -> str:
+    """What a person can compare two samples of weights by; the same weights in another dtype have another one."""
+    return hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest()[:12]
+
+
 def card(description: dict[str, Any]) -> str:
     """The README of a memory."""
     model = description["model"]
     name = model.get("name_or_path") or model["architecture"]
     layers = ", ".join(f"{index} ({adapter})" for adapter, index, _ in description["layers"])
+    prints = [("the model", short(model.get("weights", {})))]
+    prints += [(f"`{name}` in it", short(sample)) for name, sample in model.get("memory_weights", {}).items()]
+    fingerprints = "\n".join(f"| fingerprint of {what} | `{value}` |" for what, value in prints)
     size = sum(
         torch.empty(0, dtype=getattr(torch, dtype)).element_size() * int(torch.Size(shape).numel())
         for dtype, *shape in description["shapes"].values()
@@ -192,7 +230,8 @@ What a `{name}` model with a memory adapter remembers, as data: no weights of th
 | | |
 |---|---|
 | model | `{name}`, {model["num_hidden_layers"]} layers of {model["hidden_size"]} |
-| memory layers | {layers} |
+{fingerprints}
+| memory layers, and whose they are | {layers} |
 | rows | {len(description["tokens_seen"])} |
 | tokens seen, per row | {description["tokens_seen"]} |
 | bytes | {size:,} |

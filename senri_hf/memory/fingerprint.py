@@ -24,11 +24,15 @@ def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
 
     Samples are compared tensor by tensor with a tolerance (`difference`), so that a model in another dtype, on another
     device, or with quantized layers, which are left out, is still the same model.
+
+    Those of memory (`memory_weights`) stand under the name of their adapter, as one can be there without another.
     """
     config: Any = model.config.get_text_config(decoder=True)
-    ours = {id(p) for owner in owners(model) for p in owner.parameters()}  # type: ignore[attr-defined]
+    modules = [item for owner in owners(model) for item in owner.memory_modules().items()]
+    adapter_of = {id(p): adapter for adapter, module in modules for p in module.parameters()}
     adapters = {name for name in getattr(model, "peft_config", {})}
-    base, memory = {}, {}
+    base: dict[str, nn.Parameter] = {}
+    memory: dict[str, dict[str, nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.is_meta or not parameter.numel():
             continue
@@ -37,8 +41,8 @@ def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
         # Names without the wrappers that PEFT puts around a model, and without the adapters' names.
         short = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
         parts = [part for part in short.split(".") if part not in adapters]
-        if id(parameter) in ours:
-            memory[".".join(parts)] = parameter
+        if id(parameter) in adapter_of:
+            memory.setdefault(adapter_of[id(parameter)], {})[".".join(parts)] = parameter
         elif not any(part in adapters for part in short.split(".")):
             base[".".join(parts)] = parameter
     return {
@@ -48,7 +52,7 @@ def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
         "num_hidden_layers": config.num_hidden_layers,
         "vocab_size": config.vocab_size,
         "weights": sample(base),
-        "memory_weights": sample(memory),
+        "memory_weights": {adapter: sample(parameters) for adapter, parameters in memory.items()},
     }
 
 
@@ -83,12 +87,17 @@ def kind(name: str) -> str:
 
 
 def difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str | None:
-    """What differs between two fingerprints, in words; None when they are of the same model and memory."""
+    """What differs between two fingerprints, in words; None when they are of the same model and memory.
+
+    Adapters of ours that theirs does not name are passed by.
+    """
     for name in ("architecture", "hidden_size", "num_hidden_layers", "vocab_size"):
         if theirs.get(name) != ours.get(name):
             return f"{name}: the memory's model has {theirs.get(name)!r}, this one {ours.get(name)!r}"
-    for name, what in (("weights", "base model"), ("memory_weights", "memory adapter")):
-        mine, other = ours.get(name, {}), theirs.get(name, {})
+    samples = [("base model", theirs.get("weights", {}), ours.get("weights", {}))]
+    for adapter, other in theirs.get("memory_weights", {}).items():
+        samples.append(("memory adapter", other, ours.get("memory_weights", {}).get(adapter, {})))
+    for what, other, mine in samples:
         shared = sorted(mine.keys() & other.keys())
         if not shared and (mine or other):
             return f"{what}: the memory's and this one's weights have different names"

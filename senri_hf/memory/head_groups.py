@@ -120,6 +120,10 @@ class HeadGroupsLayer(MemoryLayer):
         return self.groups[0].rows if self.groups else None
 
     @property
+    def device(self) -> torch.device | None:
+        return self.groups[0].device if self.groups else None
+
+    @property
     def nbytes(self) -> int:
         return sum(group.nbytes for group in self.groups)
 
@@ -131,6 +135,10 @@ class HeadGroupsLayer(MemoryLayer):
     @property
     def tokens_seen(self) -> Tensor | None:
         return self.groups[0].tokens_seen if self.groups else None
+
+    @property
+    def is_blank(self) -> bool:
+        return all(group.is_blank for group in self.groups)
 
     def summary(self) -> dict[str, float]:
         """As of a `CompressiveLayer`, for each group; numbered from 0 where there are several."""

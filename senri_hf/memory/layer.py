@@ -9,7 +9,8 @@ from torch import Tensor
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, STATIC_LAYER_TYPE_MAPPING, DummyLayer
 
 
-# Tokens that can be taken back: more than assisted and prompt-lookup decoding ever propose at once.
+# Tokens of the open conversation that can be taken back. Assisted and prompt-lookup decoding may propose as many at
+# once; by their own defaults they propose 20 and 10.
 ROLLBACK_TOKENS = 64
 
 
@@ -106,6 +107,11 @@ class MemoryLayer(DummyLayer):
 
     @property
     @abstractmethod
+    def device(self) -> torch.device | None:
+        """Where it is held, None while nothing is held."""
+
+    @property
+    @abstractmethod
     def nbytes(self) -> int:
         """Bytes of memory, without the context."""
 
@@ -119,6 +125,12 @@ class MemoryLayer(DummyLayer):
         """How full the layer is, for a person: means over rows by name."""
 
     # What follows from that.
+
+    @property
+    def is_blank(self) -> bool:
+        """Whether nothing was ever written, whatever was read."""
+        seen = self.tokens_seen
+        return seen is None or not bool(seen.any())
 
     def reset_but_frozen(self) -> None:
         """Forget everything but what is frozen, where a mechanism has that."""
@@ -142,6 +154,11 @@ class MemoryLayer(DummyLayer):
         if tokens_to_remove:
             self.rollback(-tokens_to_remove)
 
+    def follow(self, device: torch.device) -> None:
+        """Be where the layer is that reads it, as the layers of one model may be on several devices."""
+        if self.device not in (None, device):
+            self.map_rows(lambda tensor: tensor.to(device))
+
     def check_rows(self, batch_size: int) -> None:
         """ValueError when the memory holds another number of rows than the batch that reads it."""
         if self.rows is not None and self.rows != batch_size:
@@ -150,6 +167,15 @@ class MemoryLayer(DummyLayer):
                 "continuations of every row (beams, num_return_sequences), memory.select_rows(indices) to pick rows, "
                 "or a new MemoryCache.for_model(model)"
             )
+
+
+def too_far_back(tokens: int, held: int) -> ValueError:
+    """Of a layer that is to take back more tokens than the last `held`."""
+    return ValueError(
+        f"{tokens} tokens are to be taken back, but only the last {held} can be: memory keeps what it needs for "
+        f"{ROLLBACK_TOKENS} tokens of the open conversation. Take a memory.snapshot() before, and restore it; in "
+        f"assisted decoding have at most {ROLLBACK_TOKENS} proposed at once"
+    )
 
 
 class CountsContext:

@@ -15,16 +15,17 @@ from transformers.cache_utils import Cache
 from .attention_layer import AttentionMemoryLayer, Columns
 from .attention_mass import AttentionMass, attention_modules, start_watching, stop_watching
 from .decoder import find_decoder, named_arguments
-from .real_tokens import padding_after_end, real_tokens
+from .real_tokens import AfterEnd, real_tokens, special_ids
 
 
 def observe(model: PreTrainedModel) -> None:
-    """Put the hooks on a model's decoder, once."""
+    """Put the hooks on a model's decoder, once, and tell it which tokens begin and end a text."""
     decoder: Any = find_decoder(model)
-    if not hasattr(decoder, "attention_memory_ends"):
-        decoder.attention_memory_pad = next(iter(special_ids(model, "pad")), None)
-        decoder.attention_memory_ends = special_ids(model, "eos")
-        decoder.attention_memory_starts = special_ids(model, "bos")
+    is_new = not hasattr(decoder, "attention_memory_ends")
+    configs = getattr(model, "generation_config", None), model.config.get_text_config(decoder=True)
+    decoder.attention_memory_ends = AfterEnd.of(*configs)
+    decoder.attention_memory_starts = special_ids("bos", *configs)
+    if is_new:
         # Before other hooks: they are to see the mask that attention gets.
         decoder.register_forward_pre_hook(show_memory, with_kwargs=True, prepend=True)
         decoder.register_forward_hook(note_tokens, with_kwargs=True)
@@ -33,13 +34,6 @@ def observe(model: PreTrainedModel) -> None:
             middle = watched[len(watched) // 2]  # as where tokens are held to be the same
             middle.register_forward_pre_hook(watch_attention, with_kwargs=True)
             middle.register_forward_hook(note_attention, with_kwargs=True, always_call=True)
-
-
-def special_ids(model: PreTrainedModel, kind: str) -> tuple[int, ...]:
-    """The ids of a kind (`bos`, `eos`, `pad`) that generation goes by."""
-    configs = getattr(model, "generation_config", None), model.config.get_text_config(decoder=True)
-    known = [ids for config in configs if (ids := getattr(config, f"{kind}_token_id", None)) is not None]
-    return () if not known else tuple(known[0]) if isinstance(known[0], (list, tuple)) else (known[0],)
 
 
 def memory_of(given: dict[Any, Any]) -> tuple[Any, AttentionMemoryLayer | None]:
@@ -81,10 +75,10 @@ def show_memory(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 def what_comes(decoder: Any, layer: AttentionMemoryLayer, given: dict[str, Any], tokens: Tensor, start: int) -> Columns:
     """The columns of a pass whose first token is the context's `start`-th, without what it will make of them."""
     ids = given.get("input_ids")
-    real, _ = real_tokens(tokens, given.get("attention_mask"), given.get("position_ids"), given)
-    if ids is not None and decoder.attention_memory_pad is not None:
+    real, _ = real_tokens(tokens, given.get("attention_mask"), given.get("position_ids"), given, start)
+    if ids is not None:
         last = layer.said[-1].token[:, -1:] if layer.said else None
-        real = real & ~padding_after_end(ids, last, decoder.attention_memory_pad, decoder.attention_memory_ends)
+        real = real & ~decoder.attention_memory_ends.among(ids, last)
     repeated = torch.zeros_like(real) if ids is None else layer.repeats(ids, real, decoder.attention_memory_starts)
     real = real & ~repeated
     position = given.get("position_ids")

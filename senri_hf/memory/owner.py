@@ -12,6 +12,11 @@ class MemoryOwner:
         """New, blank cache layers, one for each memory that this module holds."""
         raise TypeError(f"{type(self).__name__} must say which memory layers it has")
 
+    def memory_modules(self) -> dict[str, nn.Module]:
+        """What decides by its weights what they hold, by their adapter's name."""
+        assert isinstance(self, nn.Module)
+        return {layer.adapter_name: self for layer in self.memory_layers()}
+
 
 def owners(model: nn.Module) -> list[MemoryOwner]:
     """The modules of a model that hold memory, in order."""

@@ -24,7 +24,7 @@ from ..memory.bank_router import ChapterRouter, RouterRecord, has_router_loss, m
 from ..memory.cache import MemoryCache, layer_in
 from ..memory.layer import MemoryLayer
 from ..memory.owner import MemoryOwner
-from ..memory.real_tokens import document_starts, padding_after_end, real_tokens
+from ..memory.real_tokens import AfterEnd, document_starts, real_tokens
 from ..memory.router_loss import RouterLossSlot, share_of_batch
 from .language_model import CausalLanguageModel
 
@@ -306,14 +306,13 @@ class MemoryTransformerModel(MemoryTransformerPreTrainedModel):
         if cache is None and starts is not None:
             real = torch.ones(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
             return MemoryPass(real, starts, prompt_lengths)
-        real, _ = real_tokens(inputs_embeds, attention_mask, position_ids, given)
+        past = 0 if cache is None else cache.get_seq_length()
+        real, _ = real_tokens(inputs_embeds, attention_mask, position_ids, given, past)
         if isinstance(cache, MemoryCache):
             for layer in cache.memory_layers:  # before attention has taken anything in
                 layer.check_rows(inputs_embeds.shape[0])
-            if input_ids is not None and self.padding_idx is not None:
-                end = self.config.eos_token_id
-                ends = tuple(end) if isinstance(end, list) else () if end is None else (end,)
-                real = real & ~padding_after_end(input_ids, cache.recent_ids, self.padding_idx, ends)
+            if input_ids is not None:
+                real = real & ~AfterEnd.of(self.config).among(input_ids, cache.recent_ids)
         return MemoryPass(real, None, prompt_lengths)
 
     def memory_layer(self, index: int, cache: Cache | None) -> BankLayer | None:

@@ -8,7 +8,7 @@ from transformers.cache_utils import Cache
 
 from ..memory import MemoryCache, MemoryLayer
 from ..memory.layout import Layout
-from ..memory.real_tokens import document_starts, padding_after_end, real_tokens
+from ..memory.real_tokens import AfterEnd, document_starts, real_tokens
 
 
 Memory = TypeVar("Memory", bound=MemoryLayer)
@@ -41,11 +41,11 @@ def find_layout(
         for layer in cache.layers:
             if isinstance(layer, MemoryLayer):
                 layer.check_rows(batch)
-    real, is_whole = real_tokens(tokens, attention_mask, position_ids if cache is not None else None, given)
-    if isinstance(cache, MemoryCache) and tokens.dim() == 2 and config.pad_token_id is not None:
-        ends = config.eos_token_id
-        end_ids = tuple(ends) if isinstance(ends, (list, tuple)) else () if ends is None else (ends,)
-        return Layout.of(real & ~padding_after_end(tokens, cache.recent_ids, config.pad_token_id, end_ids))
+    past, positions = (0, None) if cache is None else (cache.get_seq_length(), position_ids)
+    real, is_whole = real_tokens(tokens, attention_mask, positions, given, past)
+    after_end = AfterEnd.of(config)
+    if isinstance(cache, MemoryCache) and tokens.dim() == 2 and after_end.fillers:
+        return Layout.of(real & ~after_end.among(tokens, cache.recent_ids))
     return Layout(None, real, real) if is_whole else Layout.of(real)
 
 

@@ -28,6 +28,7 @@ class ForwardContext:
         generated_from: The first column of this pass that `generate()` produced, T where there is none.
         given: The decoder's arguments by name.
         cache: The cache of this pass, whatever it is.
+        past: How many tokens it held before.
         adapter_name: The adapter whose block is being called.
         shared: What blocks of different layers hand on to each other.
         waiting: What blocks left to be done when the last hidden states are known (see `at_end`).
@@ -39,6 +40,7 @@ class ForwardContext:
     ids: Tensor | None = None
     logits_to_keep: Any = None
     generated_from: int = 0
+    past: Any = 0
     given: dict[str, Any] = field(default_factory=dict)
     waiting: dict[Callable[..., None], list[Any]] = field(default_factory=dict)
     found: tuple[Tensor, bool] | None = None
@@ -59,6 +61,8 @@ class ForwardContext:
         self.given, self.ids, self.logits_to_keep = given, given.get("input_ids"), logits_to_keep
         cache = next((value for value in given.values() if isinstance(value, Cache)), None)
         self.cache = cache
+        past = 0 if cache is None else cache.get_seq_length()
+        self.past = past.clone() if isinstance(past, Tensor) else past  # a static cache counts on in place
         if not isinstance(cache, MemoryCache):
             return
         batch, length = self.tokens.shape[:2]
@@ -107,9 +111,8 @@ class ForwardContext:
     def _find_real(self) -> tuple[Tensor, bool]:
         if self.found is None:
             given = self.given
-            past = 0 if self.cache is None else self.cache.get_seq_length()
             mask, positions = given.get("attention_mask"), given.get("position_ids")
-            real, all_real = real_tokens(self.tokens, mask, positions, given, past)
+            real, all_real = real_tokens(self.tokens, mask, positions, given, self.past)
             if self.memory is not None and self.ids is not None:
                 real = real & ~self.after_end.among(self.ids, self.memory.recent_ids)
                 all_real = all_real and self.ids.shape[1] == 1

@@ -11,16 +11,11 @@ ORDER = 3
 SHORTEST = 4
 # Words that begin with the same four letters share a root.
 ROOT = 4
-# Letters that a crossed word has at least of the word that it begins as.
-BEGINNING = 3
 LENGTHS = range(5, 11)
 
 
 class Inventor:
-    """Makes words and values that sound like those it was given.
-
-    Half the words come from a Markov chain over their letters. The others begin as one of them and end as another
-    ("hairpenter"): a language model that has begun them expects something else.
+    """Makes words and values that sound like those it was given, by a Markov chain over their letters.
 
     Args:
         like: Values whose words the made-up ones sound like, and are none of.
@@ -31,30 +26,21 @@ class Inventor:
         self.known = {word.casefold() for value in like for word in value.split()}
         self.avoided = {word.casefold()[:ROOT] for value in avoid for word in value.split()}
         self.following: dict[str, list[str]] = defaultdict(list)
-        self.models = [word for word in sorted(self.known) if len(word) >= SHORTEST and word.isalpha()]
-        for word in self.models:
-            letters = "^" * ORDER + word + "$"
-            for place in range(ORDER, len(letters)):
-                self.following[letters[place - ORDER : place]].append(letters[place])
+        for word in sorted(self.known):
+            if len(word) >= SHORTEST and word.isalpha():
+                letters = "^" * ORDER + word + "$"
+                for place in range(ORDER, len(letters)):
+                    self.following[letters[place - ORDER : place]].append(letters[place])
 
     def word(self, chance: random.Random) -> str:
         """A made-up word in small letters."""
         while True:
-            word = self.chained(chance) if chance.random() < 0.5 else self.crossed(chance)
+            letters = "^" * ORDER
+            while letters[-1] != "$":
+                letters += chance.choice(self.following[letters[-ORDER:]])
+            word = letters[ORDER:-1]
             if len(word) in LENGTHS and word not in self.known and word[:ROOT] not in self.avoided:
                 return word
-
-    def chained(self, chance: random.Random) -> str:
-        """Letters that follow one another as in the known words."""
-        letters = "^" * ORDER
-        while letters[-1] != "$":
-            letters += chance.choice(self.following[letters[-ORDER:]])
-        return letters[ORDER:-1]
-
-    def crossed(self, chance: random.Random) -> str:
-        """The beginning of a known word and the end of another."""
-        first, second = chance.choice(self.models), chance.choice(self.models)
-        return first[: max(BEGINNING, len(first) // 2)] + second[len(second) // 2 :]
 
     def values(self, models: Sequence[str], count: int, chance: random.Random) -> list[str]:
         """So many values, each one of the models with other words in it.

@@ -115,20 +115,21 @@ if __name__ == "__main__":
     parser.add_argument("--adapter", required=True)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--output", type=Path, default=Path("docs"))
-    parser.add_argument("--only-kept", action="store_true", help="only what the gate kept; the curves stay")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     stored = arguments.output / f"forgetting-{arguments.model}.json"
-    before = json.loads(stored.read_text(encoding="utf-8")) if arguments.only_kept else {"exact": {}}
-    curves, kept = before["exact"], {}
+    digest = adapter_digest(arguments.adapter)
+    found = json.loads(stored.read_text(encoding="utf-8")) if stored.exists() else {}
+    if found.get("adapter") != digest:  # of another adapter, or none: what was measured of this one goes on
+        found = {"adapter": digest, "cycles": list(CYCLES), "exact": {}, "kept": {}}
     for title, settings in MEMORIES.items():
+        if title in found["exact"]:
+            continue
         base, words = load_with(arguments.model, arguments.adapter, arguments.dtype, **settings)
-        if not arguments.only_kept:
-            curves[title] = forgetting(base, words)
         if base.peft_config["default"].store_slots:
-            kept[title] = kept_tokens(base, words)
-    result = {"adapter": adapter_digest(arguments.adapter), "cycles": list(CYCLES), "exact": curves, "kept": kept}
-    write_json(stored, result)
-    plot(curves, stored.with_suffix(".png"))
-    print(json.dumps(curves, indent=1))
+            found["kept"][title] = kept_tokens(base, words)
+        found["exact"][title] = forgetting(base, words)
+        write_json(stored, found)
+        plot(found["exact"], stored.with_suffix(".png"))
+    print(json.dumps(found["exact"], indent=1))
     print(f"The plot is {stored.with_suffix('.png')}")

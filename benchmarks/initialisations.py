@@ -22,7 +22,18 @@ ROOT = Path(__file__).parents[1]
 TRAIN = ROOT / "examples" / "name_recall" / "train.py"
 INITIALISATIONS = ("base_attention", "zero")
 STEPS, BATCH = 60, 8
-SETTING = ["--task", "names", "--memory-layers", "11,14,17,20,23,26", "--rank", "0", "--lr", "5e-4"]
+SETTING = [
+    "--task",
+    "names",
+    "--memory-layers",
+    "11,14,17,20,23,26",
+    "--rank",
+    "0",
+    "--lr",
+    "5e-4",
+    "--warmup-steps",
+    "10",
+]
 SETTING += ["--keep-every", "0", "--prose-every", "0", "--batch-size", str(BATCH), "--grad-accum", "1"]
 SETTING += ["--num-train", str(STEPS * BATCH), "--num-val", "64", "--epochs", "1", "--eval-every", "20"]
 

@@ -236,8 +236,8 @@ def main() -> None:
         for name in BENCHMARKS:
             if name in args.again:
                 discard(name, model)
-            # recall goes on by itself where it stopped, and drops what another adapter did
-            if name == "recall" or adapter_of(name, model) != adapter_digest(adapter):
+            # these go on by themselves where they stopped, and drop what another adapter did
+            if name in ("recall", "forgetting") or adapter_of(name, model) != adapter_digest(adapter):
                 run(name, model, adapter)
             write(DOCS / "results.md")
     print(f"{DOCS / 'results.md'}")

@@ -55,7 +55,8 @@ interop: setup
 demo: weights
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/name_recall/demo.py
 
-# Three stretches: a small memory that is quick to write, then a larger one that holds more conversations, twice.
+# Four stretches: a small memory that is quick to write, then three of a larger one that holds more conversations. The
+# last two end between the weights that they began with and those that they reached.
 SMOLLM2_TRAINING := $(TRAIN) --model smollm2-135m-instruct --memory-layers 11,14,17,20,23,26 --rank 32 \
   --gate-lr-multiplier 10 --warmup-steps 10 --keep-every 4 --prose-every 4 --batch-size 8 --grad-accum 1 --epochs 1 --num-val 24 \
   --resume-if-begun
@@ -68,8 +69,10 @@ train-demo: weights
 	  --checkpoint-dir $(SMOLLM2_CHECKPOINTS)/first
 	HF_HUB_OFFLINE=1 $(SMOLLM2_TRAINING) $(FURTHER) --num-train 1760 --seed 1 --eval-every 110 \
 	  --from-adapter $(SMOLLM2_CHECKPOINTS)/first/final --checkpoint-dir $(SMOLLM2_CHECKPOINTS)/second
-	HF_HUB_OFFLINE=1 $(SMOLLM2_TRAINING) $(FURTHER) --num-train 2240 --seed 2 --eval-every 140 \
-	  --from-adapter $(SMOLLM2_CHECKPOINTS)/second/final --checkpoint-dir $(SMOLLM2_CHECKPOINTS)
+	HF_HUB_OFFLINE=1 $(SMOLLM2_TRAINING) $(FURTHER) --num-train 2240 --seed 2 --eval-every 140 --start-share 0.4 \
+	  --from-adapter $(SMOLLM2_CHECKPOINTS)/second/final --checkpoint-dir $(SMOLLM2_CHECKPOINTS)/third
+	HF_HUB_OFFLINE=1 $(SMOLLM2_TRAINING) $(FURTHER) --num-train 1600 --seed 3 --eval-every 200 --start-share 0.4 \
+	  --from-adapter $(SMOLLM2_CHECKPOINTS)/third/final --checkpoint-dir $(SMOLLM2_CHECKPOINTS)
 
 train-gemma: weights gemma
 	HF_HUB_OFFLINE=1 $(TRAIN) --model gemma-3-270m --memory-layers 5,7,9,11,13,15 --rank 32 --lr 2e-3 \

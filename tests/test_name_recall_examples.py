@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from chatting import chat_model, word_tokenizer
 from models import MEMORY_LAYERS
 from peft import PeftModel
+from safetensors.torch import load_file
 
 from senri_hf import load_base
 from senri_hf.memory.owner import owners
@@ -167,6 +169,28 @@ def test_training_begins_with_what_fits(
     assert "nothing that fits" in out and "layers.1." in out and "layers.0." not in out
     with pytest.raises(SystemExit, match="none of its"):
         train(run, base, tmp_path / "other", "--from-adapter", adapter, "--memory-layers", "1")
+
+
+def test_the_weights_that_training_ends_with_lie_between_the_last_step_and_the_start(
+    run: Run, base: Path, tmp_path: Path
+) -> None:
+    train(run, base, tmp_path / "first")
+    start = ["--from-adapter", tmp_path / "first" / "final", "--lr", "1e-2"]
+    train(run, base, tmp_path / "last", *start)
+    train(run, base, tmp_path / "mixed", *start, "--start-share", "0.25")
+    first, last, mixed = (
+        load_file(tmp_path / name / "final" / "adapter_model.safetensors") for name in ("first", "last", "mixed")
+    )
+    assert any(not torch.equal(first[name], last[name]) for name in first)
+    for name in first:
+        between = 0.25 * first[name].float() + 0.75 * last[name].float()
+        torch.testing.assert_close(mixed[name].float(), between, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("options", [["--start-share", "0.5"], ["--start-share", "1", "--from-adapter", "adapter"]])
+def test_a_share_of_no_start_is_refused(run: Run, base: Path, tmp_path: Path, options: list[str]) -> None:
+    with pytest.raises(SystemExit, match="--start-share"):
+        train(run, base, tmp_path, *options)
 
 
 def test_training_asks_for_matplotlib_before_it_begins(

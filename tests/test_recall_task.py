@@ -62,6 +62,20 @@ def test_oblique_questions_of_training_are_no_validation_questions() -> None:
         assert not set(relation["questions"]["train"]) & set(oblique)
 
 
+def test_a_frame_for_telling_holds_what_is_told_and_is_no_validation_statement() -> None:
+    data = load_data()
+    told_in_validation = {
+        statement.replace(relation["about"], "{about}")
+        for relation in data["relations"]
+        if "about" in relation
+        for statement in relation["statements"]["validation"]
+    }
+    frames = data["telling_frames"]
+    assert len(set(frames)) >= 12 and not told_in_validation & set(frames)
+    for frame in frames:
+        assert frame.count("{about}") == frame.count("{v}") == 1 and frame.count("{") == 2 and frame[-1] == ".", frame
+
+
 def test_a_frame_for_questions_holds_what_is_asked_and_no_words_of_validation_questions() -> None:
     data = load_data()
     asked_in_validation = {
@@ -252,6 +266,9 @@ def test_the_training_mixture_is_varied_and_keeps_to_training_data() -> None:
         about = _relation(question.relation)["about"]
         assert question.messages[0]["content"] in [frame.format(about=about) for frame in load_data()["frames"]]
     assert {question.reply for question in oblique} == {f"You told me: {question.answer}." for question in oblique}
+    told = [conversation[0]["content"] for episode in episodes for conversation in episode.told]
+    heads = [frame.split("{")[0] for frame in load_data()["telling_frames"] if not frame.startswith("{")]
+    assert 0.15 < sum(text.startswith(tuple(heads)) for text in told) / len(told) < 0.4  # distractors among all
     for question in questions:
         assert score_reply(question.reply, question), question
 

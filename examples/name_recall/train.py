@@ -43,6 +43,12 @@ def parse() -> argparse.Namespace:
     add("--model", default="smollm2-135m-instruct", help="a name that senri_hf.load_base knows, a Hub id or a folder")
     add("--lr", type=float, default=1e-4, help="learning rate")
     add("--from-adapter", type=Path, help="begin with what of this adapter's weights fits")
+    add(
+        "--start-share",
+        type=float,
+        default=0.0,
+        help="share of the weights of --from-adapter in those that are written at the end, from 0 to 1",
+    )
     add("--gate-lr-multiplier", type=float, default=30.0, help="gates' learning rate as a multiple of that")
     add("--epochs", type=int, default=10, help="passes over the training episodes")
     add("--batch-size", type=int, default=1, help="episodes per forward pass")
@@ -246,8 +252,23 @@ def begin_from(model: PeftModel, adapter: Path) -> None:
         print(textwrap.indent("\n".join(missing), "  "))
 
 
+@torch.no_grad()
+def mix_with_start(model: PeftModel, start: dict[str, torch.Tensor], share: float) -> None:
+    """Set trained weights to (1 - share) of themselves and `share` of what they began with.
+
+    Weights between two that both serve often serve better than either: Wortsman et al. 2022, "Robust fine-tuning of
+    zero-shot models", eq. 1.
+    """
+    parameters = dict(model.named_parameters())
+    for name, weight in start.items():
+        parameters[name].lerp_(weight.to(parameters[name].device), share)
+
+
 def main() -> None:
     args = parse()
+    if not 0 <= args.start_share < 1 or (args.start_share and not args.from_adapter):
+        wanted = "it must be at least 0 and below 1, and it needs --from-adapter"
+        raise SystemExit(f"--start-share {args.start_share} was given; {wanted}")
     if importlib.util.find_spec("matplotlib") is None:
         raise SystemExit("matplotlib, which draws the training's plot, is not installed: pip install 'senri_hf[plots]'")
     set_seed(args.seed)
@@ -270,6 +291,7 @@ def main() -> None:
     model = get_peft_model(base, config)
     if args.from_adapter:
         begin_from(model, args.from_adapter)
+    start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad and args.start_share}
     model.print_trainable_parameters()
     trainer = senri_hf.MemoryTrainer(
         model=model,
@@ -311,6 +333,7 @@ def main() -> None:
         raise SystemExit(f"--resume was given, but {args.checkpoint_dir} holds no checkpoint; leave it out to begin")
     resume = last if args.resume == "last" or (args.resume is None and args.resume_if_begun) else args.resume
     trainer.train(resume_from_checkpoint=resume)
+    mix_with_start(model, start, args.start_share)
     save(model, args.checkpoint_dir / "final", args.license)
     shutil.copy(cost.path, args.checkpoint_dir / "final" / cost.NAME)
     print(f"The adapter is in {args.checkpoint_dir / 'final'}")

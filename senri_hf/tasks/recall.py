@@ -29,9 +29,11 @@ NAME_RELATION = "name"
 # How many facts an episode of the training mixture tells, each as likely.
 FACTS_TOLD = (1, 2, 3, 4, 4, 5, 7, 10)
 # How many distractor conversations it puts between them, in four episodes of ten.
-DISTRACTORS_BETWEEN = (1, 2, 3, 8)
+DISTRACTORS_BETWEEN = (1, 2, 4, 8, 16)
 # How often it asks in a way that does not say in which words to reply.
 OBLIQUE_SHARE = 0.5
+# How often it tells a fact in words in which any fact may be told.
+FRAMED_SHARE = 0.4
 # Values of the training mixture that are made up, for every value that is not; these categories have none.
 INVENTED_SHARE = 1.5
 CLOSED_CATEGORIES = ("job", "month", "number", "weekday")  # "a baker", "an actor": the article would not fit
@@ -235,6 +237,7 @@ def _build(
     earlier: frozenset[str] = frozenset(),
     tellings: int | None = None,
     oblique_share: float = 0.0,
+    framed_share: float = 0.0,
 ) -> Episode:
     for _ in range(1000):
         told = rng.sample(pool, facts)
@@ -264,9 +267,14 @@ def _build(
         chance = rng if tellings is None else random.Random(f"{relation['key']} {value}")
         return _exchange(fill(chance.choice(phrasings), value), chance.choice(acknowledgements))
 
-    exchanges = [
-        exchange(relation, relation["statements"][split], value) for relation, value in zip(told, used, strict=True)
-    ]
+    def statement(relation: dict[str, Any], value: str) -> Conversation:
+        chance = random.Random(f"{value} of {relation['key']}")  # a value is always told in the same words
+        if chance.random() >= framed_share:
+            return exchange(relation, relation["statements"][split], value)
+        frames = [frame.replace("{about}", relation["about"]) for frame in load_data()["telling_frames"]]
+        return exchange(relation, frames, " ".join([*relation.get("article", "").split(), value]))
+
+    exchanges = [statement(relation, value) for relation, value in zip(told, used, strict=True)]
     conversations = [
         [message for pair in exchanges[start : start + facts_per_conversation] for message in pair]
         for start in range(0, facts, facts_per_conversation)
@@ -365,8 +373,9 @@ def training_mixture(seed: int = 0, tellings: int | None = None) -> Iterator[Epi
     """Endless varied training episodes, the same for the same seed.
 
     One to ten facts, few oftener than many, sometimes several in a conversation; three in ten with a correction, four
-    in ten with one to eight distractors, about a third with the user's name among the facts; two questions, where
-    there are two facts.  Half the questions are oblique: they do not hold the words of a reply ("What keeps me awake
+    in ten with one to sixteen distractors, about a third with the user's name among the facts; two questions, where
+    there are two facts.  Four facts in ten are told in a frame that any relation may have ("I filled in Emma where they
+    ask for my name.").  Half the questions are oblique: they do not hold the words of a reply ("What keeps me awake
     with the light on?"), or hold them in a frame that any relation may have ("Look up my job for me."), so the reply
     does not take them up ("You told me: Emma.").
 
@@ -399,6 +408,7 @@ def training_mixture(seed: int = 0, tellings: int | None = None) -> Iterator[Epi
             min(2, facts),
             tellings=tellings,
             oblique_share=OBLIQUE_SHARE,
+            framed_share=FRAMED_SHARE,
         )
 
 

@@ -161,9 +161,13 @@ def keep_figures(name: str, folder: Path) -> None:
 
 
 def memory_figures(found: dict[str, Any]) -> None:
-    """Recall in the mean over seeds."""
+    """Recall in the mean over seeds, by what is ablated and by the dose."""
     ablate_facts = importlib.import_module("ablate_facts")
-    for split, figure in zip(ablate_facts.TESTED, FIGURES["memory"], strict=True):
+    *of_splits, doses = FIGURES["memory"]
+    first = ablate_facts.TESTED[next(iter(ablate_facts.TESTED))]
+    every = [of_seed["tested"][first]["doses"] for of_seed in found.values()]
+    ablate_facts.draw_doses(every, DOCS / f"symbolic-memory-{doses}")
+    for split, figure in zip(ablate_facts.TESTED, of_splits, strict=True):
         whose = ablate_facts.TESTED[split]
         several = [of_seed["tested"][whose] for of_seed in found.values()]
         kinds = next(iter(found.values()))["settings"]["kinds"]

@@ -12,7 +12,7 @@ FIGURES = {
     "edit": ("dose_response.png",),
     "variants": ("frontier.png",),
     "lorenz": ("training.png", "autocorrelation.png"),
-    "memory": ("recall-train.png", "recall-validation.png"),
+    "memory": ("recall-train.png", "recall-validation.png", "doses.png"),
     "smollm2": ("density.png",),
 }
 
@@ -351,6 +351,7 @@ def memory_section(found: dict[str, Any]) -> list[str]:
     for whose in first["tested"]:
         lines += ["", f"### {whose[0].upper()}{whose[1:]}", "", *recall_table(runs, whose, kinds), ""]
         lines += fallen(runs, whose, list(kinds))
+    lines += ["", "### Rising doses", "", *doses_table([next(iter(run["tested"].values()))["doses"] for run in runs])]
     lines += ["", "### The latents that tell a kind best", "", *portraits(first, readers, kinds)]
     lines += ["", "### The autoencoders", "", "On what is read for people that they were not trained with, seed 0:", ""]
     rows = []
@@ -458,6 +459,26 @@ def fallen(runs: list[dict[str, Any]], whose: str, kinds: list[str]) -> list[str
         "In the mean over kinds, beside what the autoencoders make of all that is read:",
         "",
         *table(["ablated", "recall lost of that kind", "of the others"], rows),
+    ]
+
+
+def doses_table(found: list[dict[str, Any]]) -> list[str]:
+    """Recall by the share of a kind's latents that is taken out, beside random ones and random directions."""
+    rows = []
+    for name in found[0]["groups"]:
+        groups = [run["groups"][name] for run in found]
+        for shown, several in (
+            (name, [group["values"] for group in groups]),
+            ("the same: the other kinds' answers", [group["others"] for group in groups]),
+            ("random ones, as much", [values for group in groups for values in group["controls"]]),
+            ("random directions, as far", [values for group in groups for values in group["directions"]]),
+        ):
+            rows.append([shown, *(f"{statistics.fmean(at_dose):.0%}" for at_dose in zip(*several, strict=True))])
+    return [
+        "Answers of the kind recalled with so large a share of the activation of its latents taken out, of other "
+        "people. What the autoencoders do not explain is left as it is, so that less goes than above:",
+        "",
+        *table(["taken out of", *(f"{dose:.0%}" for dose in found[0]["doses"])], rows),
     ]
 
 

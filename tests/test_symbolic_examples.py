@@ -163,7 +163,13 @@ def test_what_an_adapter_reads_is_ablated_beside_random_latents(
             assert set(groups["latents"]["recall"]) == {"city", "pet_name"}
             assert len(tested["portraits"][kind]) == 3
         assert tested["recall"]["nothing"]["city"]["nats"] > 0
-    assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"recall-train.png", "recall-validation.png"}
+    doses = found["tested"]["other people"]["doses"]
+    assert set(doses["groups"]) == {"latents of a city", "latents of a pet name"}
+    for group in doses["groups"].values():
+        several = [group["values"], group["others"], *group["controls"], *group["directions"]]
+        assert len(several) == 4 and {len(values) for values in several} == {len(doses["doses"])} == {5}
+    figures = {path.name for path in (tmp_path / "out").glob("*.png")}
+    assert figures == {"recall-train.png", "recall-validation.png", "doses.png"}
     with pytest.raises(SystemExit, match="other settings"):
         facts.main([*arguments, "--seed", "7"])
 

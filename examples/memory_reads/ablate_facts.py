@@ -13,9 +13,10 @@ The control are random latents of the same layers that are no kind's, drawn unti
 answers goes with them as with the kind's own, some times anew. The latents that tell a kind best are ablated by
 themselves too, together and one by one. What is scored is whether every token of the answer is the most likely one
 after the beginning of the reply, and the probability of its tokens. Changes are made at the reply only: the question is
-read as it is.
+read as it is. Rising shares of a kind's latents are taken out too, with what the autoencoders do not explain left as it
+is, beside as much of random latents and of random directions.
 
-Writes the autoencoders, `results.json` and two figures into `--output`; parts that are there are not run again.
+Writes the autoencoders, `results.json` and three figures into `--output`; parts that are there are not run again.
 """
 
 import argparse
@@ -53,10 +54,12 @@ from senri_hf.interpretability.hooks import replaced_output
 SHARE = 0.5
 # Latents of a kind that are shown; they are active at so much larger a share of its answers than of any other kind's.
 PORTRAITS, TELLING = 3, 0.5
-LATENTS = "latents.safetensors"
+LATENTS, DOSES_FIGURE = "latents.safetensors", "doses.png"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # By split of the data, the people that are tested.
 TESTED = {"train": "other people", "validation": "other people, unseen values and phrasings"}
+# Shares of the activation of latents that are taken out, with the people that the first of `TESTED` names.
+DOSES = (0.25, 0.5, 0.75, 1.0)
 # Seeds of the people that are tested are so much larger than those of the people to train on.
 TEST_SEEDS = 1000
 
@@ -266,6 +269,22 @@ def ablated(model: Any, autoencoders: list[SparseAutoencoder], latents: list[lis
 
 
 @contextlib.contextmanager
+def weakened(
+    model: Any, autoencoders: list[SparseAutoencoder], latents: list[list[int]], dose: float, direction: int | None
+) -> Iterator[None]:
+    """Inside, latents of every layer have lost a share of their activation, and the rest of what is read is as it is.
+
+    Args:
+        direction: Seed of random directions in which changes as large are made instead.
+    """
+    with contextlib.ExitStack() as stack:
+        for sae, chosen in zip(autoencoders, latents, strict=True):
+            edit = Edit(chosen, "scale", 1 - dose)
+            stack.enter_context(intervene(model, None, sae, edit, direction_seed=direction))
+        yield
+
+
+@contextlib.contextmanager
 def nothing_read(model: Any, places: Sequence[str]) -> Iterator[None]:
     """Inside, readers add nothing."""
     with contextlib.ExitStack() as stack:
@@ -341,6 +360,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     write_json(args.output / "results.json", result)
     for split, whose in TESTED.items():
         draw([every[split]], args.kinds, args.output / f"recall-{split}.png", whose)
+    draw_doses([every[next(iter(TESTED))]["doses"]], args.output / DOSES_FIGURE)
     print(f"{args.output}")
 
 
@@ -393,9 +413,11 @@ def test(
             without, of_kinds[index], portrayed[index], profiled["sizes"][index], belonging, args
         )
         print(f"{split}: {kind} ablated", flush=True)
+    first = split == next(iter(TESTED))
     return {
         "recall": recall,
         "kinds": kinds,
+        "doses": doses(model, autoencoders, asked, of_kinds, profiled["sizes"], belonging, args) if first else None,
         "autoencoders": quality,
         "portraits": portraits(autoencoders, args.kinds, portrayed, asked, seen),
     }
@@ -419,6 +441,46 @@ def beside_random(
         "portraits_random": [without(as_much_random(sizes, best, belonging, seed)) for seed in seeds],
         "single": [without(by_layer([one], len(sizes))) for one in portrayed],
     }
+
+
+def doses(
+    model: Any,
+    autoencoders: list[SparseAutoencoder],
+    asked: list[Asked],
+    of_kinds: list[list[list[int]]],
+    sizes: torch.Tensor,
+    belonging: list[list[int]],
+    args: argparse.Namespace,
+) -> dict[str, Any]:
+    """Recall with rising shares of latents taken out, by the kind they are of, as `plots.dose_responses` takes it.
+
+    `values` is the recall of the latents' own kind, `others` that of the other kinds in the mean.
+    """
+    found: dict[str, Any] = {"doses": [0.0, *DOSES], "groups": {}}
+    whole_recall = recalled(model, asked)
+    found["base"] = sum(of_kind["exact"] for of_kind in whole_recall.values()) / len(whole_recall)
+    for index, kind in enumerate(args.kinds):
+        drawn = as_much_random(sizes[index], of_kinds[index], belonging, args.seed)
+        several: dict[str, list[Recall]] = {}
+        for name, latents, direction in (
+            ("own", of_kinds[index], None),
+            ("random", drawn, None),
+            ("direction", of_kinds[index], args.seed),
+        ):
+            several[name] = [whole_recall]
+            for dose in DOSES:
+                with weakened(model, autoencoders, latents, dose, direction):
+                    several[name].append(recalled(model, asked))
+        own = {name: [recall[kind]["exact"] for recall in recalls] for name, recalls in several.items()}
+        others = [other for other in args.kinds if other != kind]
+        found["groups"][f"latents of a {named(kind)}"] = {
+            "values": own["own"],
+            "others": [sum(recall[other]["exact"] for other in others) / len(others) for recall in several["own"]],
+            "controls": [own["random"]],
+            "directions": [own["direction"]],
+        }
+        print(f"doses: {kind}", flush=True)
+    return found
 
 
 def portraits(
@@ -472,6 +534,31 @@ def draw(found: Sequence[dict[str, Any]], kinds: Sequence[str], path: Path, whos
         title=whose,
         x_label="asked for",
         y_label="ablated in what is read",
+    )
+
+
+def draw_doses(found: Sequence[dict[str, Any]], path: Path) -> None:
+    """Recall against the share of a kind's latents that is taken out, as a figure: the mean of several runs."""
+
+    def mean(several: Sequence[Sequence[float]]) -> list[float]:
+        return [sum(values) / len(values) for values in zip(*several, strict=True)]
+
+    groups = {}
+    for name in found[0]["groups"]:
+        of_runs = [run["groups"][name] for run in found]
+        groups[name] = {
+            "values": mean([group["values"] for group in of_runs]),
+            "others": mean([group["others"] for group in of_runs]),
+            "controls": [values for group in of_runs for values in group["controls"]],
+            "directions": [values for group in of_runs for values in group["directions"]],
+        }
+    base = sum(run["base"] for run in found) / len(found)
+    plots.dose_responses(
+        {"doses": found[0]["doses"], "base": base, "groups": groups},
+        path,
+        y_label="answers of that kind recalled",
+        x_label="share of their activation taken out",
+        others="the other kinds' answers",
     )
 
 

@@ -98,7 +98,8 @@ def latent_density(densities: dict[str, Sequence[float]], path: str | Path) -> P
         active = np.log10(values[values > 0]).clip(bins[0])
         axes.hist(active, bins=bins, label=f"{name}: {dead} of {len(values)} never active", **style)
     axes.set(xlabel="log10 of the share of activations at which a latent is active", ylabel="latents")
-    axes.legend()
+    axes.margins(y=0.25)  # the legend stands above the bars
+    axes.legend(loc="upper left")
     return save(drawing, path)
 
 
@@ -129,13 +130,21 @@ def sparsity_frontier(points: dict[str, Sequence[tuple[float, float]]], path: st
 
 
 def dose_responses(
-    found: dict[str, Any], path: str | Path, *, y_label: str, x_label: str | None = None, usual: float | None = None
+    found: dict[str, Any],
+    path: str | Path,
+    *,
+    y_label: str,
+    x_label: str | None = None,
+    usual: float | None = None,
+    others: str | None = None,
 ) -> Path:
     """What `dose_response` found: a panel for every group of latents, with its random latents and directions.
 
     Every control is a thin line, the mean of each sort a dashed one.
 
     Args:
+        others: The name of what groups have as `"others"` beside their `"values"`: what is not studied at the same
+            doses.
         usual: The largest dose that takes no latent to where it never is; beyond it the panels are grey.
     """
     drawing, (row,) = figure(1, len(found["groups"]), width=4.2, height=3.4)
@@ -148,6 +157,8 @@ def dose_responses(
             mean = np.mean(group[kind], axis=0)
             axes.plot(found["doses"], mean, color=colour, linewidth=2, linestyle="--", label=f"{label}, mean")
         axes.plot(found["doses"], group["values"], color="C3", marker="o", label=name)
+        if others is not None:
+            axes.plot(found["doses"], group["others"], color="C2", marker=".", label=others)
         if usual is not None and usual < max(found["doses"]):
             axes.axvspan(usual, max(found["doses"]), color="0.93", zorder=0, label="larger than it ever is")
         axes.axhline(found["base"], color="k", linewidth=0.6, linestyle=":")

@@ -56,11 +56,12 @@ def layer_hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
     """Add what the blocks of the active adapters read to a decoder layer's output; they write its input."""
     adapter = cast(MemoryAdapterLayer, layer.memory_adapter)
     context: ForwardContext = adapter.context
-    if not adapter.blocks:
+    blocks = adapter.blocks
+    if not blocks:
         return None
     hidden = args[0] if args else kwargs["hidden_states"]
     result = output[0] if isinstance(output, tuple) else output
-    for name, block in adapter.blocks.items():
+    for name, block in blocks.items():
         context.adapter_name = name
         memory = None
         if context.memory is not None and block.has_memory:

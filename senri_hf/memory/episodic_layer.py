@@ -127,7 +127,7 @@ class EpisodicLayer(MemoryLayer):
         self.waiting_asked: Tensor | None = None
         self.take_in: Callable[[EpisodicLayer, Tokens], None] | None = None
         self.journal: Journal | None = None
-        self.projected: tuple[Any, Any, Any] | None = None  # what a reader derived from the committed memory
+        self.projected: tuple[Any, Any, Any, Any] | None = None  # what a reader derived from the committed memory
 
     @property
     def rules(self) -> list[dict[str, Any]]:
@@ -300,7 +300,7 @@ class EpisodicLayer(MemoryLayer):
 
     @property
     def rows(self) -> int | None:
-        return None if self._now is None else self._now.staged.batch_size
+        return None if self._now is None else len(self._now.previous)
 
     @property
     def device(self) -> torch.device | None:

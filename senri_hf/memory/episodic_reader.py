@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, Self
 
 import torch
@@ -11,6 +12,8 @@ from ..configuration import EpisodicConfig
 from .episodic import EpisodicState
 from .episodic_layer import EpisodicLayer
 
+
+version_of = attrgetter("_version")  # it rises with every change in place
 
 LOW_RANK_SCALE = 2.0
 # What scores of conversations start with: cosines times 20, as dense retrieval has them, and a preference for what was
@@ -249,11 +252,12 @@ class EpisodicReader(nn.Module):
             return self.project(memory)
         key = (id(self), torch.is_autocast_enabled(memory.buffer.device.type), self.times_trained)
         if layer.projected is not None:
-            known, versions, view = layer.projected
-            if known == key and all(parameter._version == version for parameter, version in versions):
+            known, parameters, changes, view = layer.projected
+            if known == key and sum(map(version_of, parameters)) == changes:
                 return view
         view = self.project(memory)
-        layer.projected = (key, [(parameter, parameter._version) for parameter in self.parameters()], view)
+        parameters = list(self.parameters())
+        layer.projected = (key, parameters, sum(map(version_of, parameters)), view)
         return view
 
     def prediction_error(self, encoded: Tensor, previous: Tensor) -> Tensor:

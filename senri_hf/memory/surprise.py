@@ -28,9 +28,9 @@ def token_surprise(model: Any, hidden: Tensor, ids: Tensor) -> Tensor:
 
     The logits of a few hundred tokens are held at once.
     """
-    pieces = zip(hidden.split(LOGITS_AT_ONCE, 1), ids.split(LOGITS_AT_ONCE, 1), strict=True)
+    pieces = zip(hidden.flatten(0, 1).split(LOGITS_AT_ONCE), ids.flatten().split(LOGITS_AT_ONCE), strict=True)
     surprise = []
     for source, target in pieces:
         logits = logits_of(model, source)
-        surprise.append(logits.logsumexp(-1) - logits.gather(-1, target[..., None])[..., 0])
-    return torch.cat(surprise, dim=1)
+        surprise.append(logits.logsumexp(-1) - logits.gather(-1, target[:, None])[:, 0])
+    return torch.cat(surprise).view(ids.shape)

@@ -86,7 +86,7 @@ def test_the_forward_pass_compiles_as_one_graph(arch: str) -> None:
     model = adapted(arch)
     expected = model(input_ids=ASKED, use_cache=False).logits
     torch.compiler.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert_close(compiled(input_ids=ASKED, use_cache=False).logits, expected)
 
 
@@ -97,7 +97,7 @@ def test_a_compiled_model_reads_and_writes_memory() -> None:
     eager, ours = before.snapshot(), before.snapshot()
     expected = model(input_ids=ASKED, past_key_values=eager).logits
     torch.compiler.reset()
-    compiled = torch.compile(model, backend="eager")
+    compiled = torch.compile(model, backend="aot_eager")
     assert_close(compiled(input_ids=ASKED, past_key_values=ours).logits, expected)
     for name, tensor in ours.state_dict().items():
         assert_close(tensor, eager.state_dict()[name], name)

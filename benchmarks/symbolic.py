@@ -181,7 +181,7 @@ def language_model() -> dict[str, Any]:
     folder, command = ROOT / language_model_folder(), ["-m", "senri_hf.commands.main", "sae"]
     if not (folder / "training.json").exists():
         run(*command, "train", *LANGUAGE_MODEL, "--resume", "--output", str(folder))
-    for what in ("evaluate", "contexts"):
+    for what in ("evaluate", "contexts", "doses"):
         if not (folder / f"{what}.json").exists():
             run(*command, what, str(folder), "--output", str(folder / f"{what}.json"))
     measured, training = (json.loads((folder / f"{name}.json").read_text()) for name in ("evaluate", "training"))
@@ -192,13 +192,13 @@ def language_model() -> dict[str, Any]:
         "settings": settings_of_the_command(),
         "measured": measured,
         **{name: training[name] for name in ("seconds", "cpu_seconds")},
-        "contexts": json.loads((folder / "contexts.json").read_text()),
+        **{name: json.loads((folder / f"{name}.json").read_text()) for name in ("contexts", "doses")},
     }
 
 
 def settings_of_the_command() -> dict[str, Any]:
-    """What the commands that train, measure and show the autoencoder are run with, their defaults included."""
-    arguments = {"train": [*LANGUAGE_MODEL, "--output", ""], "evaluate": [""], "contexts": [""]}
+    """What the commands that train, measure, show and dose the autoencoder are run with, their defaults included."""
+    arguments = {"train": [*LANGUAGE_MODEL, "--output", ""], "evaluate": [""], "contexts": [""], "doses": [""]}
     parsed = {name: vars(build_parser().parse_args(["sae", name, *of_name])) for name, of_name in arguments.items()}
     places = ("run", "sae", "output", "resume")
     return {name: {key: of[key] for key in of if key not in places} for name, of in parsed.items()}

@@ -13,7 +13,7 @@ FIGURES = {
     "variants": ("frontier.png",),
     "lorenz": ("training.png", "autocorrelation.png"),
     "memory": ("recall-train.png", "recall-validation.png", "doses.png"),
-    "smollm2": ("density.png",),
+    "smollm2": ("density.png", "doses.png"),
 }
 
 
@@ -305,16 +305,48 @@ def language_model_section(found: dict[str, Any]) -> list[str]:
     for entry in found["contexts"]:
         text = " … ".join(" ".join(marked(context).split()) for context in entry["contexts"][:3])
         rows.append([str(entry["latent"]), f"{entry['density']:.2%}", text])
-    return lines + table(["latent", "active at", "contexts"], rows) + figures("smollm2")
+    lines += [*table(["latent", "active at", "contexts"], rows), ""]
+    return lines + promotion_table(found["doses"], found["settings"]["doses"]) + figures("smollm2")
+
+
+def promotion_table(found: dict[str, Any], settings: dict[str, Any]) -> list[str]:
+    """What rising doses of latents do to the tokens that followed where they are most active, beside the controls."""
+    rows = []
+    for name, group in found["groups"].items():
+        tokens = ", ".join(f"“{plain(' '.join(token.split())) or '␣'}”" for token in group["promoted"])
+        base = f"{group['base']:.3f}"
+        for shown, several in (
+            (f"{name}: {tokens}", [group["values"]]),
+            ("random latents, mean", group["controls"]),
+            ("random directions, mean", group["directions"]),
+        ):
+            at_doses = [f"{statistics.fmean(at_dose):.3f}" for at_dose in zip(*several, strict=True)]
+            rows.append([shown, base, *at_doses])
+    positions = [group["positions"] for group in found["groups"].values()]
+    return [
+        "What single latents make more likely: the tokens that followed where a latent is most active, as the next "
+        f"token at {min(positions):,} to {max(positions):,} places of {settings['measured']} other pieces, where the "
+        "latent is not active by itself. Log probability of these tokens together, in nats, with the latent set to a "
+        f"multiple of its largest activation all over the text; beside {settings['controls']} random latents that are "
+        f"active about as often, at the same multiples of theirs, and {settings['controls']} random directions with "
+        "changes as large. Beyond 1 it is set to what it never reaches:",
+        "",
+        *table(["", "as it is", *(f"dose {dose:g}" for dose in found["doses"])], rows),
+    ]
 
 
 def marked(context: dict[str, Any]) -> str:
     """A context as markdown, its token in bold, by tags: between letters and marks, asterisks would stay asterisks."""
-    before, token, after = (MARKUP.sub(r"\\\1", context[name]) for name in ("before", "token", "after"))
+    before, token, after = (plain(context[name]) for name in ("before", "token", "after"))
     word = token.strip()
     if not word:
         return f"{before} <b>␣</b> {after}"
     return before + token.replace(word, f"<b>{word}</b>") + after
+
+
+def plain(text: str) -> str:
+    """Text as markdown that shows it as it is."""
+    return MARKUP.sub(r"\\\1", text)
 
 
 def saelens_section(found: dict[str, Any]) -> list[str]:

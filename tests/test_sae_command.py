@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 from models import BuiltIn, tiny_model
-from sparse import Letters
+from sparse import Letters, autoencoder
 
 from senri_hf import SparseAutoencoder
 from senri_hf.commands.main import build_parser, main
+from senri_hf.interpretability import module_activations, peak_activations
 
 
 def test_the_command_trains_resumes_measures_shows_and_exchanges(
@@ -58,8 +59,9 @@ def test_the_command_trains_resumes_measures_shows_and_exchanges(
     (tmp_path / "copy.txt").write_text(text.read_text())
     monkeypatch.chdir(tmp_path)
     for seen in (str(text), "text.txt", "copy.txt"):  # the same text by any name
-        assert main(["sae", "evaluate", str(tmp_path / "sae"), "--text", str(other), seen, *sizes]) == 2
-        assert "the autoencoder was trained on it" in capsys.readouterr().err
+        for action, own in (("evaluate", []), ("doses", ["--measured-tokens", "16"])):
+            assert main(["sae", action, str(tmp_path / "sae"), "--text", str(other), seen, *sizes, *own]) == 2
+            assert "the autoencoder was trained on it" in capsys.readouterr().err
     assert main(["sae", "evaluate", str(tmp_path / "sae"), "--text", str(other), "--piece", "6000"]) == 2
     assert "shorter than one piece of 6000 tokens" in capsys.readouterr().err
     assert main(["sae", "evaluate", str(tmp_path / "sae"), "--text", "no-such-book"]) == 2
@@ -67,8 +69,9 @@ def test_the_command_trains_resumes_measures_shows_and_exchanges(
     assert main(["sae", "evaluate", str(tmp_path / "sae"), "--pieces", "0", *of_text]) == 2
     assert "--pieces 0" in capsys.readouterr().err
     assert set(asked_for) == {"tiny"}
-    for action in ("evaluate", "contexts"):
-        assert main(["sae", action, str(tmp_path / "sae"), "--model", "another", *of_text]) == 2
+    for action in ("evaluate", "contexts", "doses"):
+        given = ["--measured-tokens", "16"] if action == "doses" else []
+        assert main(["sae", action, str(tmp_path / "sae"), "--model", "another", *of_text, *given]) == 2
         assert "--model another was given, but the autoencoder was trained on tiny" in capsys.readouterr().err
     sae.config.model_name = None
     sae.save_pretrained(tmp_path / "nameless")
@@ -125,6 +128,117 @@ def test_a_folder_in_use_is_resumed_with_the_same_settings_or_left_alone(
 
 
 def test_what_is_measured_on_by_default_is_not_trained_on() -> None:
-    parsed = {action: vars(build_parser().parse_args(["sae", action, *more])) for action, more in
-              {"train": ["--module", "m", "--output", "o"], "evaluate": ["o"], "contexts": ["o"]}.items()}  # fmt: skip
-    assert not set(parsed["train"]["text"]) & {*parsed["evaluate"]["text"], *parsed["contexts"]["text"]}
+    parsed = {
+        action: vars(build_parser().parse_args(["sae", action, *more]))
+        for action, more in {
+            "train": ["--module", "m", "--output", "o"],
+            "evaluate": ["o"],
+            "contexts": ["o"],
+            "doses": ["o"],
+        }.items()
+    }
+    trained = set(parsed.pop("train")["text"])
+    assert len(parsed) == 3 and all(trained.isdisjoint(of["text"]) for of in parsed.values())
+
+
+@pytest.fixture
+def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, list[str]]:
+    """An autoencoder's folder, of a tiny model, and the arguments that say which text is held out."""
+    monkeypatch.setattr("senri_hf.commands.sae.load", lambda arguments: (tiny_model("llama"), Letters()))
+    letters = torch.randint(97, 123, (700,)).tolist()
+    text = "".join(map(chr, letters))
+    (tmp_path / "other.txt").write_text(text)
+    sae = autoencoder(hook_name="model.layers.1", model_name="tiny", skip_positions=1)
+    read = [{"input_ids": torch.tensor(Letters()(text)["input_ids"][:688]).view(43, 16)}]
+    (x,) = module_activations(tiny_model("llama"), "model.layers.1", read, skip_positions=1)
+    with torch.no_grad():  # active at 0.3% to 12% of the tokens
+        for latent, share in enumerate(torch.linspace(0.003, 0.12, 48)):
+            pre_activations = (x * sae.activation_scale - sae.b_dec) @ sae.W_enc[:, latent]
+            sae.b_enc[latent] = -pre_activations.quantile(1 - share)
+    sae.save_pretrained(tmp_path / "sae")
+    return tmp_path / "sae", ["--text", str(tmp_path / "other.txt"), "--piece", "16"]
+
+
+def test_doses_of_the_latents_that_contexts_shows_are_measured_in_other_text(
+    trained: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    folder, of_text = trained
+    assert main(["sae", "contexts", str(folder), *of_text, "--output", str(tmp_path / "contexts.json")]) == 0
+    shown = {entry["latent"]: entry for entry in json.loads((tmp_path / "contexts.json").read_text())}
+    capsys.readouterr()
+    doses = ["sae", "doses", str(folder), *of_text, "--measured", "3", "--measured-tokens", "12", "--controls", "2"]
+    assert main([*doses, "--count", "2", "--output", str(tmp_path / "doses.json")]) == 0
+    printed = capsys.readouterr().out
+    found = json.loads((tmp_path / "doses.json").read_text())
+    assert found["mode"] == "clamp" and found["doses"] == [0, 0.25, 0.5, 1, 2]
+    groups = found["groups"]
+    assert list(groups) == [f"latent {latent}" for latent in list(shown)[:2]]
+    for name, group in groups.items():
+        of_latent = shown[group["latents"][0]]
+        assert group["density"] == pytest.approx(of_latent["density"])
+        assert group["unit"] == pytest.approx(of_latent["contexts"][0]["value"], abs=1e-3)
+        assert 1 <= len(group["promoted"]) == len(group["tokens"]) <= 5
+        assert 0 < group["positions"] <= 3 * 11 and group["base"] < 0
+        lines = [group["values"], *group["controls"], *group["directions"]]
+        assert len(lines) == 5 and all(len(values) == 5 for values in lines)
+        assert f"{name}, active at" in printed and f"{group['values'][-1]:9.3f}" in printed
+    assert (tmp_path / "doses.png").read_bytes().startswith(b"\x89PNG")
+    named = list(groups.values())[1]["latents"]
+    again = [*doses, "--latents", *map(str, named), "--doses", "1", "--output", str(tmp_path / "one.json")]
+    assert main(again) == 0
+    (alone,) = json.loads((tmp_path / "one.json").read_text())["groups"].values()
+    assert alone["latents"] == named and alone["values"] == pytest.approx(list(groups.values())[1]["values"][3:4])
+
+
+def test_what_doses_promote_followed_in_no_piece_that_is_measured(
+    trained: tuple[Path, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, of_text = trained
+    seen: dict[str, Any] = {}
+
+    def promotion_doses(*given: Any, **_: Any) -> Any:
+        seen["promoted"], seen["batches"] = given[3], given[4]
+        return {"doses": [], "groups": {}}
+
+    monkeypatch.setattr("senri_hf.interpretability.promotion_doses", promotion_doses)
+    assert (
+        main(["sae", "doses", str(folder), *of_text, "--measured", "30", "--count", "20", "--measured-tokens", "16"])
+        == 0
+    )
+    text = Path(of_text[1]).read_text()
+    pieces = [piece for piece in torch.tensor(Letters()(text)["input_ids"]).split(16) if len(piece) == 16]
+    measured = {tuple(row) for batch in seen["batches"] for row in batch["input_ids"].tolist()}
+    assert len(measured) == 30
+    others = [piece for piece in pieces if tuple(piece.tolist()) not in measured]
+    sae = SparseAutoencoder.from_pretrained(folder).eval()
+    batches = [{"input_ids": torch.stack(others)}]
+    peaks = peak_activations(tiny_model("llama"), "model.layers.1", sae, batches, top=5 + len(others))
+    every = [{"input_ids": torch.stack(pieces)}]
+    shown = peak_activations(tiny_model("llama"), "model.layers.1", sae, every).sample(20)
+    followed = {latent: peaks.followers(latent)[:5] for latent in shown}
+    # The rarest latent is active too rarely, and passed over.
+    assert seen["promoted"] == {latent: tokens for latent, tokens in followed.items() if len(tokens) >= 3}
+    assert 1 < len(seen["promoted"]) < len(shown) == 20
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--measured", "0"], "--measured 0"),
+        (["--measured", "99"], "some of 43 pieces are for contexts"),
+        (["--measured-tokens", "17"], "--measured-tokens 17 of pieces with --piece 16"),
+        (["--top", "2"], "--top 2 was given, but it is at least 3"),
+        (["--count", "0"], "--count 0"),
+        (["--controls", "0"], "--controls 0"),
+        (["--latents", "48"], "latents 0 to 47"),
+        (["--latents", "0", "--pieces", "4"], "Latents 0 are active in fewer than 3 pieces"),
+        (["--output", "doses.png"], "a .json is due"),
+    ],
+)
+def test_doses_refuse_what_is_of_no_use(
+    trained: tuple[Path, list[str]], given: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, of_text = trained
+    assert main(["sae", "doses", str(folder), *of_text, "--measured", "2", "--measured-tokens", "16", *given]) == 2
+    assert message in capsys.readouterr().err

@@ -221,6 +221,20 @@ def test_a_context_keeps_the_space_before_its_token_and_has_no_other_markup(load
     assert marked({"before": "end.", "token": "\n\n", "after": "A"}) == "end. <b>␣</b> A"
 
 
+def test_doses_stand_in_the_page_beside_the_means_of_their_controls(load: Load) -> None:
+    group = {"base": -3.0, "promoted": [" sea", "\n", "a_b"], "positions": 90, "values": [-3.0, -1.5],
+             "controls": [[-3.0, -2.0], [-3.0, -4.0]], "directions": [[-3.0, -3.5]]}  # fmt: skip
+    found = {"doses": [0.0, 1.0], "groups": {"latent 7": group}}
+    lines = load("symbolic_results.py").promotion_table(found, {"measured": 8, "controls": 2})
+    assert lines[-5:] == [
+        "|  | as it is | dose 0 | dose 1 |",
+        "| --- | --- | --- | --- |",
+        "| latent 7: “sea”, “␣”, “a\\_b” | -3.000 | -3.000 | -1.500 |",
+        "| random latents, mean | -3.000 | -3.000 | -3.000 |",
+        "| random directions, mean | -3.000 | -3.000 | -3.500 |",
+    ]
+
+
 def test_the_measured_autoencoder_is_that_of_the_documented_command(
     load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,13 +1,14 @@
-"""`senri-hf sae`: train a sparse autoencoder on a model's layer, measure it, read its latents, exchange it."""
+"""`senri-hf sae`: train a sparse autoencoder on a model's layer, measure it, read and dose its latents, exchange it."""
 
 import argparse
 import hashlib
 import json
 import random
+import statistics
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..configuration.sparse_autoencoder import VARIANTS
 from ..files import write_json
@@ -21,10 +22,17 @@ if TYPE_CHECKING:
 # places.
 TRAINING_TEXT = ("doctor-moreau", "dubliners", "brother-jacob")
 HELD_OUT_TEXT = ("heart-of-darkness",)
+# Latents that are shown where none are named; the first of them are dosed.
+SAMPLE = 20
+# Multiples of a latent's largest activation: nothing, what it reaches, and more than that.
+DOSES = (0.0, 0.25, 0.5, 1.0, 2.0)
+# What followed in fewer places says little of what a latent promotes.
+LEAST_CONTEXTS = 3
 # What training writes beside the autoencoder: before its first step, and after its last.
 SETTINGS, TRAINING = "settings.json", "training.json"
 # Arguments that are no settings of a training, and those that may change when it is resumed.
 NO_SETTINGS, CHANGEABLE = ("run", "output", "resume"), ("steps", "save_every")
+Item = TypeVar("Item")
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -58,29 +66,44 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     train.set_defaults(run=run_train)
 
     measure = actions.add_parser("evaluate", help="measure one on text that training did not see")
-    measure.add_argument("sae", type=Path, help="its folder")
-    add_text(measure, HELD_OUT_TEXT)
-    measure.add_argument("--model", help="the model that it was trained on, where it does not say so itself")
-    measure.add_argument("--pieces", type=int, default=64, help="pieces of it to measure on, drawn at random")
-    measure.add_argument("--output", type=Path, help="JSON file to write")
+    add_look(measure, pieces=64)
     measure.set_defaults(run=run_evaluate)
 
     contexts = actions.add_parser("contexts", help="show where latents are most active")
-    contexts.add_argument("sae", type=Path, help="its folder")
-    add_text(contexts, HELD_OUT_TEXT)
-    contexts.add_argument("--model", help="the model that it was trained on, where it does not say so itself")
+    add_look(contexts, pieces=None)
     contexts.add_argument("--latents", type=int, nargs="*", help="which; a sample of the living ones when not said")
-    contexts.add_argument("--count", type=int, default=20, help="latents in the sample")
+    contexts.add_argument("--count", type=int, default=SAMPLE, help="latents in the sample")
     contexts.add_argument("--top", type=int, default=5, help="contexts of each")
-    contexts.add_argument("--pieces", type=int, help="pieces to look through, drawn at random; all when not said")
-    contexts.add_argument("--output", type=Path, help="JSON file to write")
     contexts.set_defaults(run=run_contexts)
+
+    doses = actions.add_parser("doses", help="show what rising doses of latents make the model say, beside random ones")
+    add_look(doses, pieces=None)
+    add = doses.add_argument
+    add("--latents", type=int, nargs="+", help="which; the first ones of the sample of `contexts` when not said")
+    add("--count", type=int, default=4, help="latents of the sample")
+    add("--top", type=int, default=5, help="contexts of each: the tokens after them are those that it is to promote")
+    add("--doses", type=float, nargs="+", default=[*DOSES], help="multiples of a latent's largest activation")
+    add("--controls", type=int, default=3, help="random latents, and random directions, beside each")
+    add("--measured", type=int, default=8, help="pieces to measure on, drawn at random; no context is of these")
+    add("--measured-tokens", type=int, default=128, help="tokens of each of them, from its beginning")
+    add("--seed", type=int, default=0, help="of the controls")
+    doses.set_defaults(run=run_doses)
 
     for name, what in (("export", "write one in SAELens' format"), ("import", "read one in SAELens' format")):
         exchange = actions.add_parser(name, help=what)
         exchange.add_argument("source", type=Path)
         exchange.add_argument("target", type=Path)
         exchange.set_defaults(run=run_export if name == "export" else run_import)
+
+
+def add_look(parser: argparse.ArgumentParser, pieces: int | None) -> None:
+    """The arguments of what looks at an autoencoder: which, of which model, in which text, and the file to write."""
+    add = parser.add_argument
+    add("sae", type=Path, help="its folder")
+    add_text(parser, HELD_OUT_TEXT)
+    add("--model", help="the model that it was trained on, where it does not say so itself")
+    add("--pieces", type=int, default=pieces, help=f"pieces to read, drawn at random; {pieces or 'all'} when not said")
+    add("--output", type=Path, help="JSON file to write")
 
 
 def add_text(parser: argparse.ArgumentParser, default: Sequence[str]) -> None:
@@ -125,10 +148,14 @@ def pieces(of: dict[str, str], tokenizer: Any, length: int) -> "list[Tensor]":
     return cut
 
 
-def drawn(of: "list[Tensor]", count: int | None) -> "list[Tensor]":
-    """So many pieces, always the same ones, in the order of the text; all when None."""
+def drawn(of: list[Item], count: int | None, option: str = "--pieces") -> list[Item]:
+    """So many pieces, always the same ones, in the order of the text; all when None.
+
+    Args:
+        option: Where the count is said.
+    """
     if count is not None and count < 1:
-        raise ValueError(f"--pieces {count} was given, but at least one piece has to be read")
+        raise ValueError(f"{option} {count} was given, but at least one piece has to be read")
     if count is None or count >= len(of):
         return of
     return [of[index] for index in sorted(random.Random(0).sample(range(len(of)), count))]
@@ -231,16 +258,29 @@ def check_folder(folder: Path, settings: dict[str, Any], resume: bool) -> None:
         raise ValueError(f"{folder} holds a training with {changed}: name another folder")
 
 
-def run_evaluate(arguments: argparse.Namespace) -> int:
-    """Measure an autoencoder on text that training did not see."""
-    from ..interpretability import SparseAutoencoder, module_activations, prediction_metrics, reconstruction_metrics
+def opened(arguments: argparse.Namespace, held_out: bool) -> "tuple[Any, Any, Any, list[Tensor]]":
+    """An autoencoder, its model, the tokenizer, and pieces of text to look at it with.
+
+    Args:
+        held_out: Whether text that it was trained on is refused.
+    """
+    from ..interpretability import SparseAutoencoder
 
     sae = SparseAutoencoder.from_pretrained(arguments.sae).eval()
     read = texts(arguments.text)
-    check_held_out(arguments.sae, read)
+    if held_out:
+        check_held_out(arguments.sae, read)
     arguments.model = model_name(sae, arguments.model)
     model, tokenizer = load(arguments)
-    held_out = batches(drawn(pieces(read, tokenizer, arguments.piece), arguments.pieces), arguments.rows)
+    return sae, model, tokenizer, drawn(pieces(read, tokenizer, arguments.piece), arguments.pieces)
+
+
+def run_evaluate(arguments: argparse.Namespace) -> int:
+    """Measure an autoencoder on text that training did not see."""
+    from ..interpretability import module_activations, prediction_metrics, reconstruction_metrics
+
+    sae, model, _, read = opened(arguments, held_out=True)
+    held_out = batches(read, arguments.rows)
     place, skip = hook_name(sae), sae.config.skip_positions
     found = reconstruction_metrics(sae, module_activations(model, place, held_out, skip_positions=skip))
     density = found.pop("density")
@@ -256,18 +296,15 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
 
 def run_contexts(arguments: argparse.Namespace) -> int:
     """Show the text around the tokens at which latents are most active."""
-    from ..interpretability import SparseAutoencoder, top_contexts
+    from ..interpretability import top_contexts
 
-    sae = SparseAutoencoder.from_pretrained(arguments.sae).eval()
-    arguments.model = model_name(sae, arguments.model)
-    read = texts(arguments.text)
-    model, tokenizer = load(arguments)
+    sae, model, tokenizer, read = opened(arguments, held_out=False)
     shown = top_contexts(
         model,
         tokenizer,
         hook_name(sae),
         sae,
-        batches(drawn(pieces(read, tokenizer, arguments.piece), arguments.pieces), arguments.rows),
+        batches(read, arguments.rows),
         latents=arguments.latents,
         count=arguments.count,
         top=arguments.top,
@@ -279,6 +316,97 @@ def run_contexts(arguments: argparse.Namespace) -> int:
         for context in entry["contexts"]:
             print(f"  {context['value']:7.2f}  {context['before']}[[{context['token']}]]{context['after']}")
     return 0
+
+
+def run_doses(arguments: argparse.Namespace) -> int:
+    """Show what rising doses of latents make the model say, beside random latents and random directions."""
+    from ..interpretability import peak_activations, plots, promotion_doses
+    from ..interpretability.sparse_autoencoder import check_latents
+
+    check_doses(arguments)
+    sae, model, tokenizer, read = opened(arguments, held_out=True)
+    check_latents(arguments.latents or (), sae)
+    rows = drawn([*range(len(read))], arguments.measured, "--measured")
+    if len(rows) == len(read):
+        raise ValueError(f"--measured {arguments.measured} was given, but some of {len(read)} pieces are for contexts")
+    # Latents are chosen over all pieces, as `contexts` does. Of the places where one is most active as many can be
+    # among the measured pieces as there are of these.
+    top = arguments.top + len(rows)
+    peaks = peak_activations(model, hook_name(sae), sae, batches(read, arguments.rows), top=top)
+    chosen = peaks.sample(SAMPLE) if arguments.latents is None else arguments.latents
+    followed = {latent: peaks.followers(latent, without=rows)[: arguments.top] for latent in chosen}
+    promoted = {latent: tokens for latent, tokens in followed.items() if len(tokens) >= LEAST_CONTEXTS}
+    few = [latent for latent in followed if latent not in promoted]
+    if few and (arguments.latents or not promoted):
+        raise ValueError(
+            f"Latents {', '.join(map(str, few))} are active in fewer than {LEAST_CONTEXTS} pieces before a token that "
+            "could be promoted: name others, or more text"
+        )
+    if not promoted:
+        raise ValueError("No latent is active, and at less than a tenth of the tokens: name some with --latents")
+    if arguments.latents is None:
+        promoted = dict([*promoted.items()][: arguments.count])
+    shown = promotion_doses(
+        model,
+        hook_name(sae),
+        sae,
+        promoted,
+        batches([read[row][: arguments.measured_tokens] for row in rows], arguments.rows),
+        sorted({*arguments.doses}),
+        unit=peaks.values[:, 0],
+        density=peaks.density,
+        controls=arguments.controls,
+        seed=arguments.seed,
+    )
+    for group in shown["groups"].values():
+        group["promoted"] = [tokenizer.decode([token]) for token in group["tokens"]]
+    if arguments.output:
+        # The figure first: where the file is, both are.
+        plots.dose_responses(
+            shown,
+            arguments.output.with_suffix(".png"),
+            y_label="log probability of what follows it, nats",
+            x_label="multiple of the largest activation",
+            usual=1.0,
+        )
+        write_json(arguments.output, shown)
+    show_doses(shown)
+    return 0
+
+
+def check_doses(arguments: argparse.Namespace) -> None:
+    """ValueError for settings of no use, OSError where no figure can be drawn: before anything is measured."""
+    from ..interpretability import plots
+
+    for name, least in (("count", 1), ("controls", 1), ("top", LEAST_CONTEXTS), ("measured_tokens", 2)):
+        if getattr(arguments, name) < least:
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option} {getattr(arguments, name)} was given, but it is at least {least}")
+    if arguments.measured_tokens > arguments.piece:
+        raise ValueError(f"--measured-tokens {arguments.measured_tokens} of pieces with --piece {arguments.piece}")
+    if arguments.output:
+        if arguments.output.suffix != ".json":
+            raise ValueError(
+                f"--output {arguments.output} was given, but a .json is due; the .png is written beside it"
+            )
+        try:
+            plots.figure()
+        except ImportError as error:
+            raise OSError(f"{error}; or leave --output out") from error
+
+
+def show_doses(found: dict[str, Any]) -> None:
+    """Print what doses do."""
+    for name, group in found["groups"].items():
+        print(
+            f"{name}, active at {100 * group['density']:.2f}% of tokens, to {group['unit']:.2f}. Log probability of "
+            f"{', '.join(map(repr, group['promoted']))}: {group['base']:.3f} nats"
+        )
+        lines = {"dose": found["doses"], "the latent": group["values"]}
+        for what, control in (("random latents", "controls"), ("random directions", "directions")):
+            lines[f"{what}, mean"] = [statistics.fmean(at_dose) for at_dose in zip(*group[control], strict=True)]
+        for what, values in lines.items():
+            print(f"  {what:24s}" + "".join(f"{value:9.3f}" for value in values))
 
 
 def check_held_out(folder: Path, read: dict[str, str]) -> None:

@@ -25,19 +25,22 @@ _MODULES = {
     "intervene": ".intervention",
     "memory_slots": ".memory",
     "module_activations": ".activations",
+    "peak_activations": ".contexts",
     "prediction_metrics": ".metrics",
+    "promotion_doses": ".promotion",
     "reconstruction_metrics": ".metrics",
     "top_contexts": ".contexts",
 }
 
 if TYPE_CHECKING:
     from .activations import ActivationStream, module_activations
-    from .contexts import top_contexts
+    from .contexts import peak_activations, top_contexts
     from .doses import control_latents, dose_response
     from .hooks import captured, find_module
     from .intervention import Edit, intervene
     from .memory import edit_slots, memory_slots
     from .metrics import prediction_metrics, reconstruction_metrics
+    from .promotion import promotion_doses
     from .saelens import export_saelens, import_saelens
     from .sparse_autoencoder import SparseAutoencoder, SparseAutoencoderOutput
     from .trainer import SparseAutoencoderTrainer, SparseAutoencoderTrainingArguments
@@ -59,7 +62,9 @@ __all__ = [
     "intervene",
     "memory_slots",
     "module_activations",
+    "peak_activations",
     "prediction_metrics",
+    "promotion_doses",
     "reconstruction_metrics",
     "top_contexts",
 ]

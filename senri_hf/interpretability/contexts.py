@@ -1,6 +1,7 @@
 """Where latents are active, as text that a person can read."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +18,99 @@ BEFORE, AFTER = 12, 4
 DENSE = 0.1
 
 
+@dataclass
+class Peaks:
+    """Where every latent of an autoencoder is most active, at most once in every row of the text.
+
+    Attributes:
+        rows: Ids of the real tokens of every row, [T] each.
+        values: Its largest activations, the largest first, 0 where there are no more, [d_sae, top].
+        row: The row of each, [d_sae, top].
+        column: The token of that row, [d_sae, top].
+        density: Share of the tokens at which it is active, [d_sae].
+    """
+
+    rows: list[Tensor]
+    values: Tensor
+    row: Tensor
+    column: Tensor
+    density: Tensor
+
+    def places(self, latent: int) -> list[tuple[float, int, int]]:
+        """Activation, row and column where a latent is most active, the largest activation first."""
+        found = zip(*(of[latent].tolist() for of in (self.values, self.row, self.column)), strict=True)
+        return [(value, row, column) for value, row, column in found if value > 0]
+
+    def followers(self, latent: int, without: Collection[int] = ()) -> list[int]:
+        """Ids of the tokens after those at which a latent is most active, the largest activation first.
+
+        Nothing follows the last token of a row.
+
+        Args:
+            without: Rows that are passed over.
+        """
+        return [
+            int(self.rows[row][column + 1])
+            for _, row, column in self.places(latent)
+            if row not in without and column + 1 < len(self.rows[row])
+        ]
+
+    def sample(self, count: int) -> list[int]:
+        """`count` of the latents that are active at less than a tenth of the tokens.
+
+        They are evenly spread over their rank by how often they are, the most frequent first.
+        """
+        living = ((self.density > 0) & (self.density < DENSE)).nonzero()[:, 0]
+        ranked = living[self.density[living].argsort(descending=True)]
+        chosen: list[int] = ranked[torch.linspace(0, max(0, len(ranked) - 1), min(count, len(ranked))).long()].tolist()
+        return chosen
+
+
 @torch.no_grad()
+def peak_activations(
+    model: nn.Module,
+    module: str | nn.Module,
+    sae: SparseAutoencoder,
+    batches: Iterable[Batch],
+    *,
+    top: int = 5,
+    run: Callable[[Batch], Any] | None = None,
+) -> Peaks:
+    """Where every latent is most active, in the `top` rows where it is so most.
+
+    Args:
+        run: As for `module_activations`.
+
+    Raises:
+        ValueError: when there are no tokens to look at.
+    """
+    rows: list[Tensor] = []
+    best, place = torch.empty(0, 0), torch.empty(0, 0, dtype=torch.long)  # [d_sae, top]: value, row and column
+    column = torch.empty(0, 0, dtype=torch.long)
+    active, seen = torch.zeros(sae.W_dec.shape[0]), 0
+    skip = sae.config.skip_positions
+    for batch in batches:
+        (activations,) = module_activations(model, module, [batch], skip_positions=skip, run=run)
+        mask = real_positions(batch, skip)
+        values = sae.encode(activations.to(sae.W_dec.device)).cpu()
+        active += (values > 0).sum(0)
+        seen += len(values)
+        real = real_positions(batch)
+        start = 0
+        for ids, of_row, chosen in zip(batch["input_ids"], real, mask, strict=True):
+            length = int(chosen.sum())
+            rows.append(ids[of_row].cpu())
+            if length:
+                highest, at = values[start : start + length].max(0)
+                new = torch.full((len(highest), 1), len(rows) - 1)
+                first = int(of_row.sum()) - length
+                best, place, column = merged(best, place, column, highest[:, None], new, at[:, None] + first, top)
+            start += length
+    if not seen:
+        raise ValueError("There were no tokens to look at")
+    return Peaks(rows, best, place, column, active / seen)
+
+
 def top_contexts(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -44,50 +137,21 @@ def top_contexts(
         ValueError: when there is no such latent, or there are no tokens to look at.
     """
     check_latents(latents or (), sae)
-    rows: list[Tensor] = []  # ids of the real tokens of every row
-    best, place = torch.empty(0, 0), torch.empty(0, 0, dtype=torch.long)  # [d_sae, top]: value, row and column
-    column = torch.empty(0, 0, dtype=torch.long)
-    active, seen = torch.zeros(sae.W_dec.shape[0]), 0
-    skip = sae.config.skip_positions
-    for batch in batches:
-        (activations,) = module_activations(model, module, [batch], skip_positions=skip, run=run)
-        mask = real_positions(batch, skip)
-        values = sae.encode(activations.to(sae.W_dec.device)).cpu()
-        active += (values > 0).sum(0)
-        seen += len(values)
-        real = real_positions(batch)
-        start = 0
-        for ids, of_row, chosen in zip(batch["input_ids"], real, mask, strict=True):
-            length = int(chosen.sum())
-            rows.append(ids[of_row].cpu())
-            if length:
-                highest, at = values[start : start + length].max(0)
-                new = torch.full((len(highest), 1), len(rows) - 1)
-                first = int(of_row.sum()) - length
-                best, place, column = merged(best, place, column, highest[:, None], new, at[:, None] + first, top)
-            start += length
-    if not seen:
-        raise ValueError("There were no tokens to look at")
-    density = active / seen
-    if latents is None:
-        living = ((density > 0) & (density < DENSE)).nonzero()[:, 0]
-        ranked = living[density[living].argsort(descending=True)]
-        latents = ranked[torch.linspace(0, max(0, len(ranked) - 1), min(count, len(ranked))).long()].tolist()
+    peaks = peak_activations(model, module, sae, batches, top=top, run=run)
     shown = []
-    for latent in latents:
+    for latent in peaks.sample(count) if latents is None else latents:
         contexts = []
-        for value, row, at in zip(best[latent].tolist(), place[latent].tolist(), column[latent].tolist(), strict=True):
-            if value > 0:
-                ids = rows[row]
-                contexts.append(
-                    {
-                        "value": round(value, 4),
-                        "before": tokenizer.decode(ids[max(0, at - BEFORE) : at]),
-                        "token": tokenizer.decode(ids[at : at + 1]),
-                        "after": tokenizer.decode(ids[at + 1 : at + 1 + AFTER]),
-                    }
-                )
-        shown.append({"latent": int(latent), "density": float(density[latent]), "contexts": contexts})
+        for value, row, at in peaks.places(latent):
+            ids = peaks.rows[row]
+            contexts.append(
+                {
+                    "value": round(value, 4),
+                    "before": tokenizer.decode(ids[max(0, at - BEFORE) : at]),
+                    "token": tokenizer.decode(ids[at : at + 1]),
+                    "after": tokenizer.decode(ids[at + 1 : at + 1 + AFTER]),
+                }
+            )
+        shown.append({"latent": int(latent), "density": float(peaks.density[latent]), "contexts": contexts})
     return shown
 
 

@@ -140,7 +140,8 @@ def dose_responses(
 ) -> Path:
     """What `dose_response` found: a panel for every group of latents, with its random latents and directions.
 
-    Every control is a thin line, the mean of each sort a dashed one.
+    Every control is a thin line, the mean of each sort a dashed one. A group that has a `"base"` of its own is drawn
+    with that.
 
     Args:
         others: The name of what groups have as `"others"` beside their `"values"`: what is not studied at the same
@@ -161,7 +162,7 @@ def dose_responses(
             axes.plot(found["doses"], group["others"], color="C2", marker=".", label=others)
         if usual is not None and usual < max(found["doses"]):
             axes.axvspan(usual, max(found["doses"]), color="0.93", zorder=0, label="larger than it ever is")
-        axes.axhline(found["base"], color="k", linewidth=0.6, linestyle=":")
+        axes.axhline(group["base"] if "base" in group else found["base"], color="k", linewidth=0.6, linestyle=":")
         axes.set(xlabel=x_label or f"dose ({found['mode']})", ylabel=y_label if axes is row[0] else "")
         axes.legend(fontsize=8)
     return save(drawing, path)

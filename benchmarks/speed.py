@@ -1,4 +1,4 @@
-"""Cost of memory beside peers in the same run: decoding, writing, reading, and a training step beside LoRA's.
+"""Cost of memory beside peers in the same run: decoding, writing, reading, a training step beside LoRA's, an import.
 
     python benchmarks/speed.py --model smollm2-135m-instruct
 
@@ -7,6 +7,8 @@ Medians; the peers take turns within every round, so that a slow moment of the m
 
 import argparse
 import json
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -142,6 +144,20 @@ def training_step(name: str, adapter: str | None, dtype: str) -> dict[str, float
     }
 
 
+def importing() -> dict[str, float]:
+    """Seconds of a new process that imports transformers, and of one that imports the package beside it."""
+
+    def process(module: str) -> Callable[[], Any]:
+        return lambda: subprocess.run([sys.executable, "-c", f"import {module}"], check=True)
+
+    found = in_turns(ROUNDS, transformers=process("transformers"), both=process("transformers, senri_hf"))
+    return {
+        "transformers, seconds": found["transformers"],
+        "transformers and senri_hf, seconds": found["both"],
+        "ratio": found["both"] / found["transformers"],
+    }
+
+
 def with_adapter(name: str, adapter: str | None, dtype: str, trained: bool = False) -> PeftModel:
     base, _ = senri_hf.load_base(name, dtype=dtype)
     if adapter:
@@ -177,6 +193,7 @@ if __name__ == "__main__":
         "decoding": decoding(arguments.model, arguments.adapter, arguments.dtype),
         "a conversation of 512 tokens": reading_and_writing(arguments.model, arguments.adapter, arguments.dtype),
         "training step": training_step(arguments.model, arguments.adapter, arguments.dtype),
+        "import": importing(),
     }
     stored = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
     stored[arguments.model] = result

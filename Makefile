@@ -72,7 +72,7 @@ train-demo: weights
 	HF_HUB_OFFLINE=1 $(SMOLLM2_TRAINING) $(FURTHER) --num-train 2240 --seed 2 --eval-every 140 --start-share 0.4 \
 	  --from-adapter $(SMOLLM2_CHECKPOINTS)/second/final --checkpoint-dir $(SMOLLM2_CHECKPOINTS)/third
 	HF_HUB_OFFLINE=1 $(SMOLLM2_TRAINING) $(FURTHER) --num-train 1600 --seed 3 --eval-every 200 --start-share 0.4 \
-	  --from-adapter $(SMOLLM2_CHECKPOINTS)/third/final --checkpoint-dir $(SMOLLM2_CHECKPOINTS)
+	  --from-adapter $(SMOLLM2_CHECKPOINTS)/third/final --checkpoint-dir $(SMOLLM2_CHECKPOINTS)/fourth
 
 train-gemma: weights gemma
 	HF_HUB_OFFLINE=1 $(TRAIN) --model gemma-3-270m --memory-layers 5,7,9,11,13,15 --rank 32 --lr 2e-3 \

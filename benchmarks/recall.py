@@ -160,9 +160,8 @@ def main() -> None:
     results = json.loads(args.output.read_text()) if args.output.exists() else {}
     done = results.setdefault(args.model, {})
     digest = adapter_digest(args.adapter)
-    if done.get("adapter") != digest:  # what another adapter remembered does not count
-        for suite in SUITES:
-            done.get(suite, {}).pop("memory", None)
+    if done.get("adapter") != digest:  # what stands beside another adapter was timed in another run
+        done.clear()
         done["adapter"] = digest
     base = None
     suites = [args.suite] if args.suite else list(SUITES)

@@ -131,7 +131,10 @@ def forgetting_section(found: dict[str, Any], model: str) -> list[str]:
     """Recall against decay cycles: what the buffer held is forgotten, what the store took is not."""
     cycles = found["cycles"]
     lines = ["", "### Forgetting", "", f"![recall against decay cycles](forgetting-{model}.png)", ""]
-    lines += ["Four facts, one asked, after so many decay cycles.", ""]
+    lines += [
+        "Four facts, one asked, after so many decay cycles. Only what the buffer alone holds fades, until it is too"
+    ]
+    lines += ["weak to be read; what the store took stays until something more important replaces it.", ""]
     lines += ["| memory | " + " | ".join(map(str, cycles)) + " |", "|---|" + "---|" * len(cycles)]
     return lines + [f"| {name} | " + " | ".join(map(percent, exact)) + " |" for name, exact in found["exact"].items()]
 

@@ -1,5 +1,6 @@
 """What training, compilation and lower precision ask of a memory adapter."""
 
+import copy
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -75,6 +76,30 @@ def test_autocast_gives_about_the_same_loss() -> None:
     lower.backward()
     assert_close(lower.detach(), loss, tolerance=0.1)
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+# Weights that change while a memory is held.
+
+
+@pytest.mark.parametrize("rank", [None, 2], ids=["copies", "low rank"])
+@pytest.mark.parametrize("assign", [False, True], ids=["into the parameters", "as new parameters"])
+@torch.no_grad()
+def test_weights_that_are_loaded_are_read_with_at_once(assign: bool, rank: int | None) -> None:
+    model, other = adapted(rank=rank), perturb(adapted(rank=rank))
+    memory = remembering(model, rows=2)
+    model(input_ids=ASKED, past_key_values=memory.snapshot())
+    model(input_ids=ASKED, past_key_values=memory)  # what readers made of it is kept
+    model.load_state_dict(other.state_dict(), assign=assign)
+    fresh = copy.deepcopy(memory)  # a copy keeps nothing of a reader
+    expected = model(input_ids=ASKED, past_key_values=fresh).logits
+    assert_close(model(input_ids=ASKED, past_key_values=memory).logits, expected)
+
+
+def test_a_model_made_in_inference_mode_reads_memory() -> None:
+    with torch.inference_mode():
+        model = adapted(rank=2)
+        logits = model(input_ids=ASKED, past_key_values=remembering(model, rows=2)).logits
+    assert logits.isfinite().all()
 
 
 # Compilation.

@@ -115,6 +115,18 @@ def test_gates_have_their_own_rate_and_no_decay(model: Any, tokenizer: Any, tmp_
             assert group["weight_decay"] == 0
 
 
+def test_the_learning_rate_ends_where_it_was_told_to(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    runner = trainer(model, tokenizer, tmp_path, min_lr_ratio=0.25, lr_scheduler_type="cosine", warmup_steps=2)
+    optimizer = runner.create_optimizer()
+    scheduler = runner.create_scheduler(10, optimizer)
+    rates = []
+    for _ in range(10):
+        optimizer.step()
+        scheduler.step()
+        rates.append(scheduler.get_last_lr()[0])
+    assert rates[-1] == pytest.approx(0.25 * max(rates))
+
+
 def test_small_talk_that_memory_does_not_change_costs_nothing(model: Any, tokenizer: Any, tmp_path: Path) -> None:
     conversations = EpisodeCollator(tokenizer)([{"conversations": [say("the sea", "ll", keep=True)]}])["conversations"]
     runner = trainer(model.eval(), tokenizer, tmp_path)

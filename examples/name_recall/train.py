@@ -47,7 +47,7 @@ def parse() -> argparse.Namespace:
         "--start-share",
         type=float,
         default=0.0,
-        help="share of the weights of --from-adapter in those that are written at the end, from 0 to 1",
+        help="share of the weights of --from-adapter in those that are written at the end, below 1",
     )
     add("--gate-lr-multiplier", type=float, default=30.0, help="gates' learning rate as a multiple of that")
     add("--epochs", type=int, default=10, help="passes over the training episodes")
@@ -234,8 +234,12 @@ def save(model: PeftModel, folder: Path, license: str) -> None:
     )
 
 
-def begin_from(model: PeftModel, adapter: Path) -> None:
-    """Take over what of an adapter's weights fits, and print what of the model's it does not have."""
+def begin_from(model: PeftModel, adapter: Path) -> dict[str, torch.Tensor]:
+    """Take over what of an adapter's weights fits, and print what of the model's it does not have.
+
+    Returns:
+        The trained parameters that were taken over, by name, as they are now.
+    """
     weights = load_peft_weights(str(adapter), device="cpu")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Some weights of .* were not initialized")  # they are printed below
@@ -250,6 +254,8 @@ def begin_from(model: PeftModel, adapter: Path) -> None:
     if missing:
         print(f"--from-adapter {adapter} has nothing that fits {len(missing)} of the {len(trained)} trained weights:")
         print(textwrap.indent("\n".join(missing), "  "))
+    parameters = dict(model.named_parameters())
+    return {name: parameters[name].detach().clone() for name in trained if name not in missing}
 
 
 @torch.no_grad()
@@ -289,9 +295,7 @@ def main() -> None:
         rank=args.rank or None,
     )
     model = get_peft_model(base, config)
-    if args.from_adapter:
-        begin_from(model, args.from_adapter)
-    start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad and args.start_share}
+    start = begin_from(model, args.from_adapter) if args.from_adapter else {}
     model.print_trainable_parameters()
     trainer = senri_hf.MemoryTrainer(
         model=model,
@@ -333,7 +337,9 @@ def main() -> None:
         raise SystemExit(f"--resume was given, but {args.checkpoint_dir} holds no checkpoint; leave it out to begin")
     resume = last if args.resume == "last" or (args.resume is None and args.resume_if_begun) else args.resume
     trainer.train(resume_from_checkpoint=resume)
-    mix_with_start(model, start, args.start_share)
+    if args.start_share:
+        mix_with_start(model, start, args.start_share)
+        trainer.evaluate()
     save(model, args.checkpoint_dir / "final", args.license)
     shutil.copy(cost.path, args.checkpoint_dir / "final" / cost.NAME)
     print(f"The adapter is in {args.checkpoint_dir / 'final'}")

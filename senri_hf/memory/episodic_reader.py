@@ -2,7 +2,6 @@
 
 import copy
 from dataclasses import dataclass, field
-from operator import attrgetter
 from typing import Any, Self
 
 import torch
@@ -12,8 +11,6 @@ from ..configuration import EpisodicConfig
 from .episodic import EpisodicState
 from .episodic_layer import EpisodicLayer
 
-
-version_of = attrgetter("_version")  # it rises with every change in place
 
 LOW_RANK_SCALE = 2.0
 # What scores of conversations start with: cosines times 20, as dense retrieval has them, and a preference for what was
@@ -137,7 +134,7 @@ class EpisodicReader(nn.Module):
         self.topic_scale = nn.Parameter(torch.full((self.num_heads,), TOPIC_SCALE))
         self.strength_scale = nn.Parameter(torch.ones(self.num_heads))
         self.age_scale = nn.Parameter(torch.full((self.num_heads,), AGE_SCALE))
-        self.times_trained = 0
+        self.times_changed = 0
         self.predictor: nn.Module | None = None
         if config.surprise == "predictor":
             down, up = nn.Linear(hidden_size, config.predictor_rank), nn.Linear(config.predictor_rank, hidden_size)
@@ -146,8 +143,13 @@ class EpisodicReader(nn.Module):
 
     def train(self, mode: bool = True) -> Self:
         """Training changes weights, also where it leaves their version as it is, as fused optimizers do."""
-        self.times_trained += mode
+        self.times_changed += mode
         return super().train(mode)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Loading may put other parameters in the place of these."""
+        self.times_changed += 1
+        super()._load_from_state_dict(*args, **kwargs)
 
     def encode(self, hidden: Tensor) -> Tensor:
         """What is stored of a layer's input [B, T, D]: the input divided by its RMS, in float32."""
@@ -250,7 +252,7 @@ class EpisodicReader(nn.Module):
             return None
         if torch.is_grad_enabled() or self.training:
             return self.project(memory)
-        key = (id(self), torch.is_autocast_enabled(memory.buffer.device.type), self.times_trained)
+        key = (id(self), torch.is_autocast_enabled(memory.buffer.device.type), self.times_changed)
         if layer.projected is not None:
             known, parameters, changes, view = layer.projected
             if known == key and sum(map(version_of, parameters)) == changes:
@@ -299,6 +301,11 @@ def by_age(scores: Tensor, ages: Tensor) -> Tensor:
     return spread.scatter(-1, place, scores)[..., :count]
 
 
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor was changed in place; 0 for one made in inference mode, of which that is not counted."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 class LowRankLinear(nn.Module):
     """A frozen projection and a trained low-rank change of it: y = (W + scale B A) x + b.
 
@@ -334,7 +341,7 @@ class LowRankLinear(nn.Module):
 
     def merged_weight(self) -> Tensor:
         """W + scale B A, kept while neither changes."""
-        key = (self.down._version, self.up._version, self.down.data_ptr(), self.base_weight.data_ptr())
+        key = (version_of(self.down), version_of(self.up), self.down.data_ptr(), self.base_weight.data_ptr())
         if self.merged is None or self.merged[0] != key:
             change = LOW_RANK_SCALE * self.up.float() @ self.down.float()
             self.merged = (key, (self.base_weight.float() + change).to(self.base_weight.dtype))

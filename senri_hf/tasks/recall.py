@@ -268,7 +268,7 @@ def _build(
         return _exchange(fill(chance.choice(phrasings), value), chance.choice(acknowledgements))
 
     def statement(relation: dict[str, Any], value: str) -> Conversation:
-        chance = random.Random(f"{value} of {relation['key']}")  # a value is always told in the same words
+        chance = random.Random(f"{value} of {relation['key']}")
         if chance.random() >= framed_share:
             return exchange(relation, relation["statements"][split], value)
         frames = [frame.replace("{about}", relation["about"]) for frame in load_data()["telling_frames"]]

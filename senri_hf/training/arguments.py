@@ -23,7 +23,7 @@ class MemoryTrainingArguments(TrainingArguments):
         keep_loss_weight: Weight of the divergence from the base model where a conversation is marked `keep`.
         memory_lr, lora_lr, base_model_lr: Learning rates of memory, of LoRA and of everything else; `learning_rate`
             where None.
-        min_lr_ratio: Share of the learning rate at which the schedule of a `LanguageModelTrainer` ends.
+        min_lr_ratio: Share of the learning rate at which the schedule ends.
         retrieval_loss_weight: Weight of a loss on which conversation an answer is read from, where an episode says in
             which one it was told: the contrastive loss of dense retrieval (Karpukhin et al. 2020, eq. 2) with the
             episode's other conversations as negatives.

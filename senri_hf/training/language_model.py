@@ -1,19 +1,17 @@
-"""Training of a language model with a bank: its router losses, learning rates and schedule, and what is logged."""
+"""Training of a language model with a bank: its router losses, learning rates, and what is logged."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer
 
 from ..memory.bank_reader import router_record
 from ..memory.router_loss import router_loss_kept, share_of_batch, take_router_loss
 from .arguments import MemoryTrainingArguments
 from .groups import kind_of, parameter_groups
+from .schedule import FlooredSchedule
 
 
 BASE_PARAMETERS = "base_parameters.safetensors"
@@ -52,7 +50,7 @@ class RouterLossMixin:
         return processes
 
 
-class LanguageModelTrainer(RouterLossMixin, Trainer):
+class LanguageModelTrainer(RouterLossMixin, FlooredSchedule):
     """A `Trainer` for next tokens, of a memory transformer or of a model with a bank and LoRA beside it.
 
     Learning rates are `memory_lr`, `lora_lr` and `base_model_lr`, and end at `min_lr_ratio` of themselves. Logged are
@@ -76,14 +74,6 @@ class LanguageModelTrainer(RouterLossMixin, Trainer):
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, trained)
             self.optimizer = optimizer_class(groups, **options)
         return self.optimizer
-
-    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
-        """The schedule of `args`, which after its rise falls to `min_lr_ratio` instead of to zero."""
-        scheduler = super().create_scheduler(num_training_steps, optimizer)
-        floor, warmup = self.args.min_lr_ratio, self.args.get_warmup_steps(num_training_steps)
-        if floor and isinstance(scheduler, LambdaLR):
-            scheduler.lr_lambdas = [floored(factor, floor, warmup) for factor in scheduler.lr_lambdas]
-        return scheduler
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs and self.model is not None:
@@ -110,16 +100,6 @@ class LanguageModelTrainer(RouterLossMixin, Trainer):
         super()._load_best_model()
         if self.state.best_model_checkpoint is not None:
             load_base_parameters(self.model, self.state.best_model_checkpoint)
-
-
-def floored(factor: Callable[[int], float], floor: float, warmup: float) -> Callable[[int], float]:
-    """A factor of the learning rate that after the rise goes from 1 to `floor` as `factor` goes from 1 to 0."""
-
-    # A function, of which a checkpoint of the schedule holds nothing.
-    def scaled(step: int) -> float:
-        return float(factor(step)) if step < warmup else floor + (1 - floor) * float(factor(step))
-
-    return scaled
 
 
 def trained_base_parameters(model: Any) -> dict[str, nn.Parameter]:

@@ -5,13 +5,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 from transformers.trainer_utils import EvalPrediction
 
 from ..memory import MemoryCache
 from .arguments import MemoryTrainingArguments
 from .episodes import IGNORED, learned_columns
 from .groups import learning_rate_of
+from .schedule import FlooredSchedule
 from .told import ToldStates
 from .topics import retrieval_loss, train_topics
 
@@ -19,7 +20,7 @@ from .topics import retrieval_loss, train_topics
 SCALARS = (".gate", ".null_score", ".topic_scale", ".strength_scale", ".age_scale")
 
 
-class MemoryTrainer(Trainer):
+class MemoryTrainer(FlooredSchedule):
     """A `Trainer` whose examples are episodes: conversations in order, with the context cleared between them.
 
     Every step starts with an empty memory. Conversations without a label are read without a graph, those with one add

@@ -55,8 +55,9 @@ interop: setup
 demo: weights
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/name_recall/demo.py
 
-# Four stretches: a small memory that is quick to write, then three of a larger one that holds more conversations. The
-# last two end between the weights that they began with and those that they reached.
+# Five stretches: a small memory that is quick to write, then four of a larger one that holds more conversations. The
+# last three end between the weights that they began with and those that they reached; the last one is to leave replies
+# to general questions as they are.
 SMOLLM2_TRAINING := $(TRAIN) --model smollm2-135m-instruct --memory-layers 11,14,17,20,23,26 --rank 32 \
   --gate-lr-multiplier 10 --warmup-steps 10 --keep-every 4 --prose-every 4 --batch-size 8 --grad-accum 1 --epochs 1 --num-val 24 \
   --resume-if-begun
@@ -73,6 +74,9 @@ train-demo: weights
 	  --from-adapter $(SMOLLM2_CHECKPOINTS)/second/final --checkpoint-dir $(SMOLLM2_CHECKPOINTS)/third
 	HF_HUB_OFFLINE=1 $(SMOLLM2_TRAINING) $(FURTHER) --num-train 1600 --seed 3 --eval-every 200 --start-share 0.4 \
 	  --from-adapter $(SMOLLM2_CHECKPOINTS)/third/final --checkpoint-dir $(SMOLLM2_CHECKPOINTS)/fourth
+	HF_HUB_OFFLINE=1 $(SMOLLM2_TRAINING) $(FURTHER) --lr 7e-4 --topic-steps 0 --keep-every 1 --num-train 640 --seed 4 \
+	  --eval-every 80 --start-share 0.3 \
+	  --from-adapter $(SMOLLM2_CHECKPOINTS)/fourth/final --checkpoint-dir $(SMOLLM2_CHECKPOINTS)/fifth
 
 train-gemma: weights gemma
 	HF_HUB_OFFLINE=1 $(TRAIN) --model gemma-3-270m --memory-layers 5,7,9,11,13,15 --rank 32 --lr 2e-3 \

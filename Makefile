@@ -75,7 +75,7 @@ train-demo: weights
 	HF_HUB_OFFLINE=1 $(SMOLLM2_TRAINING) $(FURTHER) --num-train 1600 --seed 3 --eval-every 200 --start-share 0.4 \
 	  --from-adapter $(SMOLLM2_CHECKPOINTS)/third/final --checkpoint-dir $(SMOLLM2_CHECKPOINTS)/fourth
 	HF_HUB_OFFLINE=1 $(SMOLLM2_TRAINING) $(FURTHER) --lr 7e-4 --topic-steps 0 --keep-every 1 --num-train 640 --seed 4 \
-	  --eval-every 80 --start-share 0.3 \
+	  --eval-every 80 --start-share 0.65 \
 	  --from-adapter $(SMOLLM2_CHECKPOINTS)/fourth/final --checkpoint-dir $(SMOLLM2_CHECKPOINTS)/fifth
 
 train-gemma: weights gemma

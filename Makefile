@@ -55,28 +55,12 @@ interop: setup
 demo: weights
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/name_recall/demo.py
 
-# Five stretches: a small memory that is quick to write, then four of a larger one that holds more conversations. The
-# last three end between the weights that they began with and those that they reached; the last one is to leave replies
-# to general questions as they are.
-SMOLLM2_TRAINING := $(TRAIN) --model smollm2-135m-instruct --memory-layers 11,14,17,20,23,26 --rank 32 \
-  --gate-lr-multiplier 10 --warmup-steps 10 --keep-every 4 --prose-every 4 --batch-size 8 --grad-accum 1 --epochs 1 --num-val 24 \
-  --resume-if-begun
-# The larger one, and how it is trained.
-FURTHER := --lr 1e-3 --topic-steps 20 --buffer-slots 64 --store-slots 448 --z-score-threshold 0.25 --save-every 20
-SMOLLM2_CHECKPOINTS := checkpoints/smollm2-135m-instruct
-
 train-demo: weights
-	HF_HUB_OFFLINE=1 $(SMOLLM2_TRAINING) --lr 2e-3 --topic-steps 120 --num-train 2560 --eval-every 160 --save-every 40 \
-	  --checkpoint-dir $(SMOLLM2_CHECKPOINTS)/first
-	HF_HUB_OFFLINE=1 $(SMOLLM2_TRAINING) $(FURTHER) --num-train 1760 --seed 1 --eval-every 110 \
-	  --from-adapter $(SMOLLM2_CHECKPOINTS)/first/final --checkpoint-dir $(SMOLLM2_CHECKPOINTS)/second
-	HF_HUB_OFFLINE=1 $(SMOLLM2_TRAINING) $(FURTHER) --num-train 2240 --seed 2 --eval-every 140 --start-share 0.4 \
-	  --from-adapter $(SMOLLM2_CHECKPOINTS)/second/final --checkpoint-dir $(SMOLLM2_CHECKPOINTS)/third
-	HF_HUB_OFFLINE=1 $(SMOLLM2_TRAINING) $(FURTHER) --num-train 1600 --seed 3 --eval-every 200 --start-share 0.4 \
-	  --from-adapter $(SMOLLM2_CHECKPOINTS)/third/final --checkpoint-dir $(SMOLLM2_CHECKPOINTS)/fourth
-	HF_HUB_OFFLINE=1 $(SMOLLM2_TRAINING) $(FURTHER) --lr 7e-4 --topic-steps 0 --keep-every 1 --num-train 640 --seed 4 \
-	  --eval-every 80 --start-share 0.65 \
-	  --from-adapter $(SMOLLM2_CHECKPOINTS)/fourth/final --checkpoint-dir $(SMOLLM2_CHECKPOINTS)/fifth
+	HF_HUB_OFFLINE=1 $(TRAIN) --model smollm2-135m-instruct --memory-layers 11,14,17,20,23,26 --rank 32 --lr 2e-3 \
+	  --min-lr-ratio 0.25 --average-from 0.5 --gate-lr-multiplier 10 --warmup-steps 10 --topic-steps 100 --keep-every 2 \
+	  --prose-every 4 --buffer-slots 64 --store-slots 448 --z-score-threshold 0.25 --batch-size 8 --grad-accum 1 \
+	  --num-train 3840 --num-val 24 --epochs 1 --eval-every 120 --save-every 20 \
+	  --checkpoint-dir checkpoints/smollm2-135m-instruct --resume-if-begun
 
 train-gemma: weights gemma
 	HF_HUB_OFFLINE=1 $(TRAIN) --model gemma-3-270m --memory-layers 5,7,9,11,13,15 --rank 32 --lr 2e-3 \

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -171,26 +172,39 @@ def test_training_begins_with_what_fits(
         train(run, base, tmp_path / "other", "--from-adapter", adapter, "--memory-layers", "1")
 
 
-def test_the_weights_that_training_ends_with_lie_between_the_last_step_and_the_start(
+def test_the_adapter_at_the_end_has_the_mean_of_what_training_passed_through(
     run: Run, base: Path, tmp_path: Path
 ) -> None:
-    train(run, base, tmp_path / "first")
-    start = ["--from-adapter", tmp_path / "first" / "final", "--lr", "1e-2"]
-    train(run, base, tmp_path / "last", *start)
-    train(run, base, tmp_path / "mixed", *start, "--start-share", "0.25")
-    first, last, mixed = (
-        load_file(tmp_path / name / "final" / "adapter_model.safetensors") for name in ("first", "last", "mixed")
-    )
-    assert any(not torch.equal(first[name], last[name]) for name in first)
-    for name in first:
-        between = 0.25 * first[name].float() + 0.75 * last[name].float()
-        torch.testing.assert_close(mixed[name].float(), between, rtol=1e-2, atol=1e-3)
+    rates = ["--lr", "1e-2", "--min-lr-ratio", "1"]
+    for name, more in {"last": [], "mean": ["--average-from", "0"]}.items():
+        train(run, base, tmp_path / name, *rates, *more)
+    passed = [load_file(tmp_path / "last" / f"checkpoint-{step}" / "adapter_model.safetensors") for step in (1, 2)]
+    final = load_file(tmp_path / "mean" / "final" / "adapter_model.safetensors")
+    assert any(not torch.equal(passed[0][name], passed[1][name]) for name in final)
+    for name, weight in final.items():
+        mean = sum(weights[name].float() for weights in passed) / 2
+        torch.testing.assert_close(weight.float(), mean, rtol=1e-2, atol=1e-3)
 
 
-@pytest.mark.parametrize("options", [["--start-share", "0.5"], ["--start-share", "1", "--from-adapter", "adapter"]])
-def test_a_share_of_no_start_is_refused(run: Run, base: Path, tmp_path: Path, options: list[str]) -> None:
-    with pytest.raises(SystemExit, match="--start-share"):
-        train(run, base, tmp_path, *options)
+def test_an_average_goes_on_where_training_does(run: Run, base: Path, tmp_path: Path) -> None:
+    options = ["--lr", "1e-2", "--average-from", "0"]
+    train(run, base, tmp_path, *options)
+    whole = load_file(tmp_path / "final" / "adapter_model.safetensors")
+    for folder in ("checkpoint-2", "final"):
+        shutil.rmtree(tmp_path / folder)
+    train(run, base, tmp_path, *options, "--resume-if-begun")
+    resumed = load_file(tmp_path / "final" / "adapter_model.safetensors")
+    assert all(torch.equal(weight, resumed[name]) for name, weight in whole.items())
+    shutil.rmtree(tmp_path / "checkpoint-2")
+    (tmp_path / "checkpoint-1" / "average.safetensors").unlink()
+    with pytest.raises(ValueError, match="is missing: training goes on from step 1"):
+        train(run, base, tmp_path, *options, "--resume-if-begun")
+
+
+@pytest.mark.parametrize("share", ["-0.1", "1"])
+def test_an_average_from_nowhere_is_refused(run: Run, base: Path, tmp_path: Path, share: str) -> None:
+    with pytest.raises(SystemExit, match="--average-from"):
+        train(run, base, tmp_path, "--average-from", share)
 
 
 def test_training_asks_for_matplotlib_before_it_begins(

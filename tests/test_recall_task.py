@@ -251,7 +251,7 @@ def test_made_up_values_of_few_tellings_can_only_be_copied() -> None:
         assert score_reply(question.reply, question), question
         if question.answer.casefold() not in known:
             made_up.append(question)
-    assert 0.2 < len(made_up) / sum(len(episode.questions) for episode in episodes) < 0.5
+    assert 0.3 < len(made_up) / sum(len(episode.questions) for episode in episodes) < 0.6
     assert not {_relation(question.relation)["category"] for question in made_up} & set(recall.CLOSED_CATEGORIES)
     for question in made_up:
         models = {word.casefold() for word in " ".join(values(_relation(question.relation)["category"])).split()}
@@ -265,7 +265,7 @@ def test_the_training_mixture_is_varied_and_keeps_to_training_data() -> None:
     episodes = list(itertools.islice(training_mixture(1), 400))
     told_name = {s.split("{v}")[0] for s in _relation("name")["statements"]["train"]}
     assert told_name
-    assert {len(episode.questions) for episode in episodes} == {1, 2}
+    assert {len(episode.questions) for episode in episodes} == {1, 2, 3}
     assert max(len(question.wrong) for episode in episodes for question in episode.questions) >= 9
     held_out = set(relation_names("held_out"))
     assert not any(question.relation in held_out for episode in episodes for question in episode.questions)

@@ -31,6 +31,7 @@ from senri_hf.adapters import save_adapter
 from senri_hf.files import whole, write_json
 from senri_hf.tasks import general_conversations, recall_episodes, training_mixture
 from senri_hf.tasks.text import ordinary_text
+from senri_hf.training import WeightAverage
 
 
 PROSE_CHARACTERS = 280
@@ -43,11 +44,11 @@ def parse() -> argparse.Namespace:
     add("--model", default="smollm2-135m-instruct", help="a name that senri_hf.load_base knows, a Hub id or a folder")
     add("--lr", type=float, default=1e-4, help="learning rate")
     add("--from-adapter", type=Path, help="begin with what of this adapter's weights fits")
+    add("--min-lr-ratio", type=float, default=0.0, help="share of the learning rate at which the schedule ends")
     add(
-        "--start-share",
+        "--average-from",
         type=float,
-        default=0.0,
-        help="share of the weights of --from-adapter in those that are written at the end, below 1",
+        help="share of the steps after which weights are averaged: the adapter at the end has their mean",
     )
     add("--gate-lr-multiplier", type=float, default=30.0, help="gates' learning rate as a multiple of that")
     add("--epochs", type=int, default=10, help="passes over the training episodes")
@@ -234,12 +235,8 @@ def save(model: PeftModel, folder: Path, license: str) -> None:
     )
 
 
-def begin_from(model: PeftModel, adapter: Path) -> dict[str, torch.Tensor]:
-    """Take over what of an adapter's weights fits, and print what of the model's it does not have.
-
-    Returns:
-        The trained parameters that were taken over, by name, as they are now.
-    """
+def begin_from(model: PeftModel, adapter: Path) -> None:
+    """Take over what of an adapter's weights fits, and print what of the model's it does not have."""
     weights = load_peft_weights(str(adapter), device="cpu")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Some weights of .* were not initialized")  # they are printed below
@@ -254,27 +251,12 @@ def begin_from(model: PeftModel, adapter: Path) -> dict[str, torch.Tensor]:
     if missing:
         print(f"--from-adapter {adapter} has nothing that fits {len(missing)} of the {len(trained)} trained weights:")
         print(textwrap.indent("\n".join(missing), "  "))
-    parameters = dict(model.named_parameters())
-    return {name: parameters[name].detach().clone() for name in trained if name not in missing}
-
-
-@torch.no_grad()
-def mix_with_start(model: PeftModel, start: dict[str, torch.Tensor], share: float) -> None:
-    """Set trained weights to (1 - share) of themselves and `share` of what they began with.
-
-    Weights between two that both serve often serve better than either: Wortsman et al. 2022, "Robust fine-tuning of
-    zero-shot models", eq. 1.
-    """
-    parameters = dict(model.named_parameters())
-    for name, weight in start.items():
-        parameters[name].lerp_(weight.to(parameters[name].device), share)
 
 
 def main() -> None:
     args = parse()
-    if not 0 <= args.start_share < 1 or (args.start_share and not args.from_adapter):
-        wanted = "it must be at least 0 and below 1, and it needs --from-adapter"
-        raise SystemExit(f"--start-share {args.start_share} was given; {wanted}")
+    if args.average_from is not None and not 0 <= args.average_from < 1:
+        raise SystemExit(f"--average-from {args.average_from} was given, but it is a share of the steps, 0 to below 1")
     if importlib.util.find_spec("matplotlib") is None:
         raise SystemExit("matplotlib, which draws the training's plot, is not installed: pip install 'senri_hf[plots]'")
     set_seed(args.seed)
@@ -295,7 +277,8 @@ def main() -> None:
         rank=args.rank or None,
     )
     model = get_peft_model(base, config)
-    start = begin_from(model, args.from_adapter) if args.from_adapter else {}
+    if args.from_adapter:
+        begin_from(model, args.from_adapter)
     model.print_trainable_parameters()
     trainer = senri_hf.MemoryTrainer(
         model=model,
@@ -314,6 +297,7 @@ def main() -> None:
             logging_steps=10,
             train_sampling_strategy="group_by_length",
             lr_scheduler_type="cosine",
+            min_lr_ratio=args.min_lr_ratio,
             warmup_steps=args.warmup_steps,
             weight_decay=0.01,
             gate_learning_rate_multiplier=args.gate_lr_multiplier,
@@ -332,13 +316,14 @@ def main() -> None:
         data_collator=senri_hf.EpisodeCollator(tokenizer),
         callbacks=[History(args.checkpoint_dir, args.license), cost],
     )
+    if args.average_from is not None:
+        trainer.add_callback(WeightAverage(args.average_from, model))
     last = get_last_checkpoint(str(args.checkpoint_dir))
     if args.resume == "last" and last is None:
         raise SystemExit(f"--resume was given, but {args.checkpoint_dir} holds no checkpoint; leave it out to begin")
     resume = last if args.resume == "last" or (args.resume is None and args.resume_if_begun) else args.resume
     trainer.train(resume_from_checkpoint=resume)
-    if args.start_share:
-        mix_with_start(model, start, args.start_share)
+    if args.average_from is not None:
         trainer.evaluate()
     save(model, args.checkpoint_dir / "final", args.license)
     shutil.copy(cost.path, args.checkpoint_dir / "final" / cost.NAME)

@@ -30,6 +30,8 @@ NAME_RELATION = "name"
 FACTS_TOLD = (1, 2, 3, 4, 4, 5, 7, 10)
 # How many distractor conversations it puts between them, in four episodes of ten.
 DISTRACTORS_BETWEEN = (1, 2, 4, 8, 16)
+# How many of them it asks for, where there are as many.
+QUESTIONS_ASKED = 3
 # How often it asks in a way that does not say in which words to reply.
 OBLIQUE_SHARE = 0.5
 # How often it tells a fact in words in which any fact may be told.
@@ -373,11 +375,11 @@ def training_mixture(seed: int = 0, tellings: int | None = None) -> Iterator[Epi
     """Endless varied training episodes, the same for the same seed.
 
     One to ten facts, few oftener than many, sometimes several in a conversation; three in ten with a correction, four
-    in ten with one to sixteen distractors, about a third with the user's name among the facts; two questions, where
-    there are two facts.  Four facts in ten are told in a frame that any relation may have ("I filled in Emma where they
-    ask for my name.").  Half the questions are oblique: they do not hold the words of a reply ("What keeps me awake
-    with the light on?"), or hold them in a frame that any relation may have ("Look up my job for me."), so the reply
-    does not take them up ("You told me: Emma.").
+    in ten with one to sixteen distractors, about a third with the user's name among the facts; three questions, where
+    there are as many facts.  Four facts in ten are told in a frame that any relation may have ("I filled in Emma where
+    they ask for my name.").  Half the questions are oblique: they do not hold the words of a reply ("What keeps me
+    awake with the light on?"), or hold them in a frame that any relation may have ("Look up my job for me."), so the
+    reply does not take them up ("You told me: Emma.").
 
     With ``tellings`` every relation has at most that many values (the user's name eight times as many), and for two of
     them three that are made up and can only be copied; a value is always told in the same words: conversations come
@@ -405,7 +407,7 @@ def training_mixture(seed: int = 0, tellings: int | None = None) -> Iterator[Epi
             together,
             distractors,
             rng.random() < 0.3,
-            min(2, facts),
+            min(QUESTIONS_ASKED, facts),
             tellings=tellings,
             oblique_share=OBLIQUE_SHARE,
             framed_share=FRAMED_SHARE,

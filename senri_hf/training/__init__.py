@@ -1,6 +1,7 @@
 """Training of memory: episodes, their collator, the trainer and its arguments."""
 
 from .arguments import MemoryTrainingArguments
+from .averaging import WeightAverage
 from .collator import EpisodeCollator
 from .episodes import encode_conversation
 from .evaluation import ask, tell
@@ -14,6 +15,7 @@ __all__ = [
     "MemoryTrainer",
     "MemoryTrainingArguments",
     "RouterLossMixin",
+    "WeightAverage",
     "ask",
     "encode_conversation",
     "tell",

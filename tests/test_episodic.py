@@ -509,9 +509,9 @@ def check_topic_size() -> None:
     """Topics have that width, and are what conversations are told apart by."""
     for size in (3, 5):
         reader, view, ages = after_two_conversations(topic_size=size)
-        assert view.topics.shape[-1] == size
+        assert view.topics.shape[-1] == reader.config.num_topics * size
         for age in ages:
-            asked = view.topics[:, :, age].flatten(1)[:, None]
+            asked = view.topics[:, None, age]
             assert (reader.score_conversations(asked, view.topics, view.recency).argmax(-1) == age).all()
 
 
@@ -519,9 +519,9 @@ def check_num_topics() -> None:
     """A conversation is as similar as its topics are on average."""
     for topics in (1, 3):
         reader, view, ages = after_two_conversations(num_topics=topics)
-        assert view.topics.shape[1] == topics
-        asked = torch.randn(topics, view.topics.shape[-1])
-        similar = torch.stack([torch.cosine_similarity(asked, view.topics[0, :, age], dim=-1).mean() for age in ages])
+        held = view.topics[0].unflatten(-1, (topics, -1))
+        asked = torch.randn(topics, held.shape[-1])
+        similar = torch.stack([torch.cosine_similarity(asked, held[age], dim=-1).mean() for age in ages])
         shares = reader.score_conversations(asked.flatten()[None, None], view.topics, view.recency)
         expected = (TOPIC_SCALE * similar).log_softmax(0)
         assert_close(shares[0, :, 0, ages], expected.expand(reader.num_heads, -1), "shares")

@@ -159,7 +159,7 @@ class EpisodicLayer(MemoryLayer):
 
     def asked_upto(self, parts: Tensor) -> Tensor:
         """What was asked about up to each of the next tokens, given what these add to it, [B, T, K]."""
-        upto = parts.cumsum(1)
+        upto = parts if parts.shape[1] == 1 else parts.cumsum(1)
         for before in (None if self._now is None else self._now.asked, self.waiting_asked):
             if before is not None:
                 upto = upto + before[:, None]

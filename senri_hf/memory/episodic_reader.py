@@ -63,16 +63,18 @@ class AttentionWeights:
 class MemoryView:
     """A memory as a reader sees it: keys and values of its slots and, last, of the null slot.
 
-    H heads, G key/value heads of size d, S = N + M + 1 slots, P topics, C conversations that it holds, newest first.
+    H heads, G key/value heads of size d, S = N + M + 1 slots, P topics of size t, C conversations that it holds, newest
+    first. Laid out for one multiplication of a batch of matrices each: a token that is decoded does little else.
     """
 
-    keys: Tensor  # [B, G, S, d]
-    values: Tensor  # [B, G, S, d]
+    keys: Tensor  # [B G, d, S], scaled
+    values: Tensor  # [B G, S, d]
     bias: Tensor  # [B, H, 1, S] added to scores; minus infinity hides a slot
     conversation: Tensor  # [B, C, S] 1 where a slot was written in a conversation
-    topics: Tensor  # [B, P, C, t] of unit length, what was talked about in a conversation
+    topics: Tensor  # [B, C, P t] of unit length each, what was talked about in a conversation
     recency: Tensor  # [B, H, 1, C] added to scores of conversations
     ages: Tensor  # [B, C] how many conversations ago, -1 where there is no such conversation
+    gate: Tensor  # [H, 1, 1] what weights are multiplied with
     stored: int  # M
 
 
@@ -177,13 +179,14 @@ class EpisodicReader(nn.Module):
         conversation = conversation & live[:, None]
         told = conversation.to(torch.float32) @ self.topic_parts(held, self.told_weight)
         return MemoryView(
-            keys=torch.cat([keys, null], dim=2),
-            values=nn.functional.pad(values, (0, 0, 0, 1)),
+            keys=(torch.cat([keys, null], dim=2) * self.scale).flatten(0, 1).transpose(1, 2),
+            values=nn.functional.pad(values, (0, 0, 0, 1)).flatten(0, 1),
             bias=bias[:, :, None].float(),
             conversation=nn.functional.pad(conversation.to(torch.float32), (0, 1)),
             topics=self.topics(told),
             recency=self.recency(ages),
             ages=ages,
+            gate=self.gate.float().tanh()[:, None, None],
             stored=memory.store.shape[1],
         )
 
@@ -194,8 +197,8 @@ class EpisodicReader(nn.Module):
         return (self.topic_proj(encoded).float().unflatten(-1, (share.shape[-1], -1)) * share[..., None]).flatten(2)
 
     def topics(self, parts: Tensor) -> Tensor:
-        """The topics [B, P, N, t], of unit length, of summed parts [B, N, P t]; zero where nothing was summed."""
-        return nn.functional.normalize(parts.unflatten(-1, (self.config.num_topics, -1)), dim=-1).transpose(1, 2)
+        """The topics [B, N, P t], of unit length each, of summed parts [B, N, P t]; zero where nothing was summed."""
+        return nn.functional.normalize(parts.unflatten(-1, (self.config.num_topics, -1)), dim=-1).flatten(2)
 
     def recency(self, ages: Tensor) -> Tensor:
         """What is added to scores of conversations of these ages [B, C], -1 where there is none: [B, H, 1, C]."""
@@ -212,8 +215,11 @@ class EpisodicReader(nn.Module):
         Args:
             asked: As `forward` takes it. topics, recency: As a `MemoryView` has them.
         """
-        similar = (self.topics(asked) @ topics.transpose(2, 3)).mean(1, keepdim=True)
-        return (self.topic_scale[:, None, None] * similar + recency).float().log_softmax(-1)
+        similar = torch.bmm(self.topics(asked), topics.transpose(1, 2))[:, None]
+        mean = 1 / self.config.num_topics
+        return torch.addcmul(recency, self.topic_scale.float()[:, None, None], similar.float(), value=mean).log_softmax(
+            -1
+        )
 
     def forward(self, encoded: Tensor, view: MemoryView, asked: Tensor) -> Reading:
         """Read memory.
@@ -226,18 +232,15 @@ class EpisodicReader(nn.Module):
         query = self.q_proj(self.normalise(encoded)).view(batch, length, self.num_heads, -1).transpose(1, 2)
         if self.q_norm is not None:
             query = self.q_norm(query)
-        groups = self.num_heads // self.num_key_value_heads
-        query = query.reshape(batch, self.num_key_value_heads, groups * length, -1)
-        score = (query @ view.keys.transpose(2, 3)).view(batch, self.num_heads, length, -1)
+        grouped = (batch * self.num_key_value_heads, self.num_heads // self.num_key_value_heads * length)
+        score = torch.bmm(query.reshape(*grouped, -1), view.keys).view(batch, self.num_heads, length, -1)
         conversations = self.score_conversations(asked, view.topics, view.recency)
-        of_slots = (conversations.flatten(1, 2) @ view.conversation).view_as(score)  # no copy of it for every head
-        score = score.float() * self.scale + view.bias + of_slots
-        weight = score.softmax(-1)
+        of_slots = torch.bmm(conversations.flatten(1, 2), view.conversation).view_as(score)  # no copy for every head
+        weight = (score + view.bias + of_slots).softmax(-1)
         access = weight[..., -1 - view.stored : -1].detach().mean(1)
-        weight = (weight * self.gate.float().tanh()[:, None, None]).to(view.values.dtype)
-        read = weight.view(batch, self.num_key_value_heads, groups * length, -1) @ view.values
-        read = read.view(batch, self.num_heads, length, -1).transpose(1, 2)
-        added = self.o_proj(read.reshape(batch, length, -1))
+        weight = (weight * view.gate).to(view.values.dtype)
+        read = torch.bmm(weight.view(*grouped, -1), view.values).view(batch, self.num_heads, length, -1)
+        added = self.o_proj(read.transpose(1, 2).reshape(batch, length, -1))
         if not self.training:
             return Reading(added, access, None)
         return Reading(added, access, by_age(conversations, view.ages))

@@ -5,8 +5,11 @@ python benchmarks/forgetting.py --model smollm2-135m-instruct --adapter FOLDER
 
 import argparse
 import json
+from collections import defaultdict
 from pathlib import Path
+from statistics import mean
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from adapter_digest import adapter_digest
@@ -15,7 +18,7 @@ from tqdm import tqdm
 
 import senri_hf
 from senri_hf.files import whole, write_json
-from senri_hf.memory.episodic import EMPTY
+from senri_hf.memory import EpisodicLayer
 from senri_hf.tasks import recall_episodes, score_reply
 from senri_hf.tasks.text import ordinary_text
 from senri_hf.training import ask, tell
@@ -58,7 +61,8 @@ def forgetting(model, tokenizer) -> list[float]:
 def kept_tokens(model, tokenizer) -> list[dict]:
     """For told conversations and prose, the tokens that the store of each memory layer kept and those that it did not.
 
-    Means over layers: `kept` is the share of the text's tokens, `surprise` what those had.
+    Means over layers: `kept` is the share of the text's tokens, `surprise` what those had, `dropped_surprise` what the
+    others had.
     """
     texts = [
         (episode.questions[0].answer, tokenizer.apply_chat_template(episode.told[0], tokenize=False))
@@ -68,22 +72,30 @@ def kept_tokens(model, tokenizer) -> list[dict]:
     rows = []
     for title, text in texts:
         encoded = tokenizer(text, add_special_tokens=False, return_tensors="pt")
-        memory = senri_hf.MemoryCache.for_model(model)
-        with torch.no_grad():
+        memory, surprises = senri_hf.MemoryCache.for_model(model), defaultdict(list)
+        append = EpisodicLayer.append
+
+        def noting(layer, tokens, append=append, surprises=surprises):
+            surprises[layer.layer_idx].append(tokens.surprise[0])
+            append(layer, tokens)
+
+        with torch.no_grad(), patch.object(EpisodicLayer, "append", noting):
             model(**encoded, past_key_values=memory)
         memory.clear_context()
         ids = encoded.input_ids[0].tolist()
         layers = [layer.state_dict() for layer in memory.memory_layers]
         tags = [layer["tag"][0] for layer in layers]
         share = [sum(int((tag == position).any()) for tag in tags) / len(tags) for position in range(len(ids))]
-        surprise = [float(layer["surprise"][0][tag != EMPTY].mean()) for layer, tag in zip(layers, tags, strict=True)]
+        held = [torch.isin(torch.arange(len(ids)), tag) for tag in tags]
+        found = [torch.cat(surprises[layer.layer_idx]) for layer in memory.memory_layers]
         words = [tokenizer.decode(token) for token in ids]
         rows.append(
             {
                 "answer": title,
                 "tokens": list(zip(words, share, strict=True)),
                 "kept": sum(share) / len(share),
-                "surprise": sum(surprise) / len(surprise),
+                "surprise": mean(float(own[kept].mean()) for own, kept in zip(found, held, strict=True)),
+                "dropped_surprise": mean(float(own[~kept].mean()) for own, kept in zip(found, held, strict=True)),
             }
         )
     return rows

@@ -114,8 +114,9 @@ def gate_tables(kept: dict[str, list[dict[str, Any]]]) -> list[str]:
 
 def gate_table(rows: list[dict[str, Any]]) -> list[str]:
     lines = [
-        "| value told | kept | mean surprise | tokens; those in bold were kept by at least half of the layers |",
-        "|---|---|---|---|",
+        "| value told | kept | their surprise, mean | that of those dropped | tokens; those in bold were kept by at "
+        "least half of the layers |",
+        "|---|---|---|---|---|",
     ]
     for row in rows:
         words = [word.replace("\n", "⏎").replace("|", "\\|") for word, _ in row["tokens"]]
@@ -123,7 +124,8 @@ def gate_table(rows: list[dict[str, Any]]) -> list[str]:
             f"**{w.strip() or '·'}**" if share >= 0.5 else w.strip()
             for w, (_, share) in zip(words, row["tokens"], strict=True)
         ]
-        lines.append(f"| {row['answer']} | {percent(row['kept'])} | {row['surprise']:.2f} | {' '.join(shown)} |")
+        surprise = f"{row['surprise']:.2f} | {row['dropped_surprise']:.2f}"
+        lines.append(f"| {row['answer']} | {percent(row['kept'])} | {surprise} | {' '.join(shown)} |")
     return lines
 
 

@@ -157,6 +157,13 @@ def test_training_goes_on_from_the_checkpoint_that_is_named(run: Run, base: Path
     assert any("eval_exact" in entry for entry in history) and history[-1]["train_loss"] > 0
 
 
+def test_training_goes_on_with_the_settings_that_it_began_with(run: Run, base: Path, tmp_path: Path) -> None:
+    train(run, base, tmp_path)
+    with pytest.raises(SystemExit, match=r"was begun with --lr 0\.0001, not 0\.5, --rank 2, not 4"):
+        train(run, base, tmp_path, "--resume-if-begun", "--lr", "0.5", "--rank", "4")
+    train(run, base, tmp_path, "--resume-if-begun", "--save-every", "2")
+
+
 def test_training_begins_with_what_fits(
     run: Run, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

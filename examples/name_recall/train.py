@@ -34,6 +34,9 @@ from senri_hf.tasks.text import ordinary_text
 from senri_hf.training import WeightAverage
 
 
+# Where settings of training are kept, and those that may be others when it goes on.
+SETTINGS = "arguments.json"
+FREE = ("checkpoint_dir", "eval_every", "license", "num_val", "resume", "resume_if_begun", "save_every")
 PROSE_CHARACTERS = 280
 TELLINGS = 24
 
@@ -93,6 +96,23 @@ def parse() -> argparse.Namespace:
     add("--license", default="mit", help="the license on the adapter's card; a base's may bind what is made of it")
     add("--seed", type=int, default=0)
     return parser.parse_args()
+
+
+def keep_settings(args: argparse.Namespace, resumes: bool) -> None:
+    """Write the settings beside the checkpoints; where training goes on they have to be those that it began with."""
+    path = args.checkpoint_dir / SETTINGS
+    settings = {name: str(value) for name, value in vars(args).items() if name not in FREE}
+    if resumes and path.exists():
+        begun = json.loads(path.read_text(encoding="utf-8"))
+        changed = [name for name in sorted({*begun, *settings}) if begun.get(name) != settings.get(name)]
+        if changed:
+            was = ", ".join(
+                f"--{name.replace('_', '-')} {begun.get(name)}, not {settings.get(name)}" for name in changed
+            )
+            raise SystemExit(
+                f"{args.checkpoint_dir} was begun with {was}. Go on with that, or give another --checkpoint-dir"
+            )
+    write_json(path, settings)
 
 
 def training_episodes(task: str, count: int, seed: int, keep_every: int, prose_every: int) -> list[dict]:
@@ -262,6 +282,11 @@ def main() -> None:
     set_seed(args.seed)
     cost = Cost(args.checkpoint_dir, args.from_adapter)
     args.checkpoint_dir.mkdir(parents=True, exist_ok=True)
+    last = get_last_checkpoint(str(args.checkpoint_dir))
+    if args.resume == "last" and last is None:
+        raise SystemExit(f"--resume was given, but {args.checkpoint_dir} holds no checkpoint; leave it out to begin")
+    resume = last if args.resume == "last" or (args.resume is None and args.resume_if_begun) else args.resume
+    keep_settings(args, resumes=resume is not None)
     log = logging.getLogger("name_recall")
     log.setLevel(logging.INFO)
     log.addHandler(logging.FileHandler(args.checkpoint_dir / time.strftime("training_%Y%m%d_%H%M%S.log")))
@@ -318,10 +343,6 @@ def main() -> None:
     )
     if args.average_from is not None:
         trainer.add_callback(WeightAverage(args.average_from, model))
-    last = get_last_checkpoint(str(args.checkpoint_dir))
-    if args.resume == "last" and last is None:
-        raise SystemExit(f"--resume was given, but {args.checkpoint_dir} holds no checkpoint; leave it out to begin")
-    resume = last if args.resume == "last" or (args.resume is None and args.resume_if_begun) else args.resume
     trainer.train(resume_from_checkpoint=resume)
     if args.average_from is not None:
         trainer.evaluate()

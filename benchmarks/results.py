@@ -163,8 +163,8 @@ def training_section(model: str) -> list[str]:
     cost = json.loads(path.read_text())
     steps = f"{cost['steps']} optimizer steps, and {cost['topic_steps']} before them that learn topics only"
     took = f"{cost['seconds'] / 60:.0f} minutes with {cost['threads']} threads"
-    how = f" The shipped one: {cost['how']}." if "how" in cost else ""
-    return ["", "### Training", "", f"{steps}: {took}. `make train-{TARGETS[model]}` makes one like it.{how}"]
+    how = cost.get("how", f"`make train-{TARGETS[model]}` makes one like it")
+    return ["", "### Training", "", f"{steps}: {took}. {how[0].upper()}{how[1:]}."]
 
 
 def initialisation_section(model: str) -> list[str]:

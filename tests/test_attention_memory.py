@@ -11,6 +11,8 @@ from chatting import byte_tokenizer
 from models import (
     ARCHITECTURES,
     BOS,
+    DEFAULTS,
+    EOS,
     FEW_SLOTS,
     VOCABULARY,
     assert_close,
@@ -19,7 +21,9 @@ from models import (
     blank,
     feed,
     greedy,
+    padded,
     remembering,
+    subjects,
     talk,
     tiny_model,
     tokens,
@@ -53,8 +57,9 @@ MODELS = {arch: tiny_model(arch) for arch in ARCHITECTURES}
 @pytest.mark.parametrize("lengths", [[7, 5], [3, 20]], ids=str)
 @torch.no_grad()
 def test_with_everything_kept_the_logits_are_those_of_one_context(arch: str, lengths: list[int]) -> None:
-    """One conversation remembered and the next one, as if it went on; sliding windows included."""
+    """One conversation remembered and the next one, as if it went on; sliding windows and turn markers included."""
     model, ids = MODELS[arch], tokens(2, sum(lengths), seed=4)
+    ids[:, [0, lengths[0]]] = BOS
     memory = blank(model, policy="all", slots=sum(lengths))
     feed(model, memory, ids[:, : lengths[0]])
     memory.clear_context()
@@ -77,8 +82,6 @@ def test_memory_is_read(arch: str) -> None:
 
 def test_a_model_with_an_adapter_reads_both() -> None:
     """What either remembers changes the logits."""
-    from models import DEFAULTS
-
     model, ids = DEFAULTS[0].model(), tokens(1, 6, seed=9)
     memory = blank(model, **FEW_SLOTS)
     assert {type(layer).__name__ for layer in memory.memory_layers} == {"EpisodicLayer", "AttentionMemoryLayer"}
@@ -90,6 +93,29 @@ def test_a_model_with_an_adapter_reads_both() -> None:
         assert memory.attention_memory is not None
         memory.attention_memory.reset()
         assert not torch.allclose(feed(model, memory, ids), both, atol=1e-3)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3"])
+@pytest.mark.parametrize("mechanism", ["episodic", "compressive"])
+@torch.no_grad()
+def test_both_memories_take_in_the_same_tokens(arch: str, mechanism: str) -> None:
+    """Of conversations that open alike, and of a padded batch as of its rows alone."""
+    (subject,) = (s for s in subjects(arch, ["default"]) if s.mechanism == mechanism)
+    model = subject.model()
+    memory = blank(model, **FEW_SLOTS)
+    for seed in range(3):
+        talk(model, memory, [opened(1, 10, seed)])
+        counts = [layer.tokens_seen.tolist() for layer in memory.memory_layers if layer.tokens_seen is not None]
+        assert len(counts) > 1 and all(count == [10 + 9 * seed] for count in counts)
+    rows = [tokens(1, length, seed=length) for length in (4, 9)]
+    for side in ("left", "right"):
+        batch = memory.fork(2)
+        logits = model(**padded(rows, side), past_key_values=batch).logits
+        for index, row in enumerate(rows):
+            alone = memory.snapshot()
+            columns = slice(9 - row.shape[1], None) if side == "left" else slice(row.shape[1])
+            assert_close(logits[index : index + 1, columns], feed(model, alone, row), "logits")
+            assert_same_memory(batch.select_rows([index]), alone)
 
 
 @pytest.mark.parametrize(
@@ -202,6 +228,19 @@ def test_beams_have_memories_of_their_own() -> None:
         alone = before.snapshot()
         feed(model, alone, read[index : index + 1])
         assert_same_memory(memory.select_rows([index]), alone)
+
+
+@pytest.mark.parametrize("kind", ["pad_token_id", "eos_token_id"])
+@torch.no_grad()
+def test_padding_that_a_model_is_told_of_later_is_not_written(kind: str) -> None:
+    """It counts what the configs say as it is fed."""
+    model = tiny_model("llama", pad_token_id=None, eos_token_id=None)
+    memory = blank(model)
+    setattr(model.generation_config, kind, EOS)
+    ids = tokens(1, 9, seed=3)
+    ids[:, 5:] = EOS
+    feed(model, memory, ids)
+    assert memory.tokens_seen.tolist() == [5 if kind == "pad_token_id" else 6]
 
 
 # 4. Memory is data.
@@ -533,7 +572,7 @@ def test_a_later_conversation_begins_no_new_text(arch: str, pieces: list[int] | 
     """Its opening token, with which memory begins already, is passed by."""
     model = tiny_model(arch)
     told, asked = opened(2, 7, seed=4), opened(2, 6, seed=5)
-    memory = blank(model, policy="all", slots=7)
+    memory = blank(model, policy="recent", sharpness=1.0, slots=7)
     feed(model, memory, told)
     memory.clear_context()
     ours = feed(model, memory, asked, pieces)[:, 1:]
@@ -555,10 +594,10 @@ def test_only_a_beginning_that_memory_holds_is_passed_by() -> None:
     memory.clear_context()
     asked = opened(2, 6, seed=5)
     asked[:, 3] = BOS
-    padded = torch.cat([torch.zeros(2, 2, dtype=torch.long), asked], dim=1)
-    mask = torch.ones_like(padded)
+    ids = torch.cat([torch.zeros(2, 2, dtype=torch.long), asked], dim=1)
+    mask = torch.ones_like(ids)
     mask[:, :2] = 0
-    feed(model, memory, padded, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp_min(0))
+    feed(model, memory, ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp_min(0))
     layer = memory.attention_memory
     assert layer is not None and layer.slots is not None
     assert layer.said[0].repeated.nonzero().tolist() == [[0, 2]]

@@ -28,7 +28,7 @@ class ForwardContext:
         generated_from: The first column of this pass that `generate()` produced, T where there is none.
         given: The decoder's arguments by name.
         cache: The cache of this pass, whatever it is.
-        past: How many tokens it held before.
+        past: How many columns attention sees before this pass: the context, and memory's own in front of it.
         adapter_name: The adapter whose block is being called.
         shared: What blocks of different layers hand on to each other.
         waiting: What blocks left to be done when the last hidden states are known (see `at_end`).
@@ -63,6 +63,8 @@ class ForwardContext:
         self.cache = cache
         past = 0 if cache is None else cache.get_seq_length()
         self.past = past.clone() if isinstance(past, Tensor) else past  # a static cache counts on in place
+        if isinstance(cache, MemoryCache) and cache.attention_memory is not None:
+            self.past = cache.get_query_offset()  # masks were widened by then
         if not isinstance(cache, MemoryCache):
             return
         batch, length = self.tokens.shape[:2]

@@ -204,10 +204,10 @@ class AttentionMemoryLayer(MemoryLayer):
         """[B, T] the tokens that begin the conversation's text as memory begins, with one of `start_ids`.
 
         Models take such a token for the end of all that was before. Memory and conversation are one text, which has
-        one beginning.
+        one beginning. With `policy="all"` memory is the context as it was, whatever stood there.
         """
         slots = self.slots
-        if slots is None or not slots.size or not start_ids:
+        if slots is None or not slots.size or not start_ids or self.config.policy == "all":
             return torch.zeros_like(real)
         begun = torch.stack([chunk.real.any(1) for chunk in self.said]).any(0) if self.said else real.new_zeros(())
         # Of a run of them all go.

@@ -19,21 +19,19 @@ from .real_tokens import AfterEnd, real_tokens, special_ids
 
 
 def observe(model: PreTrainedModel) -> None:
-    """Put the hooks on a model's decoder, once, and tell it which tokens begin and end a text."""
+    """Put the hooks on a model's decoder, once."""
     decoder: Any = find_decoder(model)
-    is_new = not hasattr(decoder, "attention_memory_ends")
-    configs = getattr(model, "generation_config", None), model.config.get_text_config(decoder=True)
-    decoder.attention_memory_ends = AfterEnd.of(*configs)
-    decoder.attention_memory_starts = special_ids("bos", *configs)
-    if is_new:
-        # Before other hooks: they are to see the mask that attention gets.
-        decoder.register_forward_pre_hook(show_memory, with_kwargs=True, prepend=True)
-        decoder.register_forward_hook(note_tokens, with_kwargs=True)
-        watched = attention_modules(decoder)
-        if watched:
-            middle = watched[len(watched) // 2]  # as where tokens are held to be the same
-            middle.register_forward_pre_hook(watch_attention, with_kwargs=True)
-            middle.register_forward_hook(note_attention, with_kwargs=True, always_call=True)
+    if getattr(decoder, "has_attention_memory", False):
+        return
+    decoder.has_attention_memory = True
+    # Before other hooks: they are to see the mask that attention gets.
+    decoder.register_forward_pre_hook(show_memory, with_kwargs=True, prepend=True)
+    decoder.register_forward_hook(note_tokens, with_kwargs=True)
+    watched = attention_modules(decoder)
+    if watched:
+        middle = watched[len(watched) // 2]  # as where tokens are held to be the same
+        middle.register_forward_pre_hook(watch_attention, with_kwargs=True)
+        middle.register_forward_hook(note_attention, with_kwargs=True, always_call=True)
 
 
 def memory_of(given: dict[Any, Any]) -> tuple[Any, AttentionMemoryLayer | None]:
@@ -76,10 +74,12 @@ def what_comes(decoder: Any, layer: AttentionMemoryLayer, given: dict[str, Any],
     """The columns of a pass whose first token is the context's `start`-th, without what it will make of them."""
     ids = given.get("input_ids")
     real, _ = real_tokens(tokens, given.get("attention_mask"), given.get("position_ids"), given, start)
+    # Asked anew in every pass, as a model's configs may change.
+    configs = getattr(layer.model(), "generation_config", None), decoder.config.get_text_config(decoder=True)
     if ids is not None:
         last = layer.said[-1].token[:, -1:] if layer.said else None
-        real = real & ~decoder.attention_memory_ends.among(ids, last)
-    repeated = torch.zeros_like(real) if ids is None else layer.repeats(ids, real, decoder.attention_memory_starts)
+        real = real & ~AfterEnd.of(*configs).among(ids, last)
+    repeated = torch.zeros_like(real) if ids is None else layer.repeats(ids, real, special_ids("bos", *configs))
     real = real & ~repeated
     position = given.get("position_ids")
     if position is None:

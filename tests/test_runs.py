@@ -18,6 +18,7 @@ from models import tiny_model
 from peft import LoraConfig
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers.processors import TemplateProcessing
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerFast
 
 from senri_hf.commands.main import main
@@ -551,6 +552,27 @@ def test_documents_are_packed_without_a_leak(place: Path) -> None:
                 assert row["input_ids"][place_ - 1] == tokenizer.eos_token_id
     with pytest.raises(ValueError, match=r"text_field='texts' was given.*\['text'\]"):
         pack_texts(texts, tokenizer, "texts", 16)
+
+
+def test_every_row_of_packed_documents_begins_as_a_text_does(place: Path) -> None:
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(place / "base")
+    begin = tokenizer.eos_token_id
+    tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single="<eos> $A", special_tokens=[(tokenizer.eos_token, begin)]
+    )
+    texts = [{"text": TEXT[: 7 * i + 5]} for i in range(12)]
+    rows = pack_texts(texts, tokenizer, "text", 16)
+    bare = PreTrainedTokenizerFast.from_pretrained(place / "base")
+    said = [t for row in rows for t, p in zip(row["input_ids"], row["position_ids"], strict=True) if p]
+    whole = [t for text in texts for t in [*bare(text["text"])["input_ids"], begin]]
+    assert rows and said == whole[: len(said)]
+    assert all(
+        (token == begin and label == -100) if position == 0 else label == token
+        for row in rows
+        for token, label, position in zip(row["input_ids"], row["labels"], row["position_ids"], strict=True)
+    )
+    with pytest.raises(ValueError, match="max_length=1 was given, but each row begins with 1 tokens"):
+        pack_texts(texts, tokenizer, "text", 1)
 
 
 def test_only_answers_are_learned(place: Path) -> None:

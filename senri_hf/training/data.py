@@ -89,22 +89,37 @@ def pack_texts(
 ) -> list[dict[str, list[int]]]:
     """Texts one after another in rows of exactly `max_length` tokens.
 
-    Positions start anew with every document, by which attention and routing keep them apart, and a document's first
-    token is not learned: what precedes it says nothing of it. What is left over at the end is dropped.
+    Positions start anew with every document, by which attention and routing keep them apart. A document that does not
+    end with its row goes on in the next one as a document that begins: with the tokens that the tokenizer puts before a
+    text, which some models do not read without. A document's first token is not learned: what precedes it says nothing
+    of it. What is left over at the end is dropped.
+
+    Raises:
+        ValueError: when a row has no room for more than those tokens.
     """
+    begin = tokens_before(tokenizer)
+    if max_length <= len(begin):
+        raise ValueError(
+            f"max_length={max_length} was given, but each row begins with {len(begin)} tokens of the tokenizer's own"
+        )
     packed, ids, positions = [], [], []  # type: ignore[var-annotated]
     for document in encoded_texts(rows, tokenizer, field):
-        ids += document
-        positions += range(len(document))
-        while len(ids) >= max_length:
-            row, place = ids[:max_length], positions[:max_length]
-            start = place[0]  # a document that is cut goes on as one that begins
-            own = next((i for i, position in enumerate(place) if position == 0 and i), max_length)
-            place = [position - start if i < own else position for i, position in enumerate(place)]
-            labels = [IGNORED if position == 0 else token for token, position in zip(row, place, strict=True)]
-            packed.append({"input_ids": row, "labels": labels, "position_ids": place})
-            ids, positions = ids[max_length:], positions[max_length:]
+        while document:
+            piece = [*begin, *document][: max_length - len(ids)]
+            document = document[max(len(piece) - len(begin), 0) :]
+            ids += piece
+            positions += range(len(piece))
+            if len(ids) == max_length:
+                labels = [IGNORED if position == 0 else token for token, position in zip(ids, positions, strict=True)]
+                packed.append({"input_ids": ids, "labels": labels, "position_ids": positions})
+                ids, positions = [], []
     return packed
+
+
+def tokens_before(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer puts before a text of its own accord: a token of the beginning, or nothing."""
+    given, bare = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
+    return given[: given.index(bare[0])] if bare and bare[0] in given else []
 
 
 def encoded_texts(

@@ -21,6 +21,7 @@ from models import (
     blank,
     feed,
     greedy,
+    held_storage,
     padded,
     remembering,
     subjects,
@@ -291,6 +292,40 @@ def test_a_memory_of_another_model_is_refused(tmp_path: Path) -> None:
 # 5. Fixed size.
 
 
+@pytest.mark.parametrize("policy", ["surprise", "recent"])
+@pytest.mark.parametrize("pieces", [None, [41], [1]], ids=str)
+@torch.no_grad()
+def test_what_an_open_conversation_holds_is_context_but_for_a_bounded_rest(
+    policy: str, pieces: list[int] | None
+) -> None:
+    """And between conversations what is held is what `nbytes` says."""
+    model, rest = MODELS["llama"], []
+    for length in (50, 200, 500) if pieces == [1] else (50, 500, 2000):
+        memory = remembering(model, policy=policy)
+        assert held_storage(memory.layers) == memory.nbytes and memory.context_nbytes == 0
+        ids = tokens(1, length, seed=19)
+        feed(model, memory, ids, pieces)
+        rest.append(held_storage(memory.layers) - memory.nbytes - memory.context_nbytes)
+    assert rest[2] <= 1.1 * rest[1] + ids.nbytes, rest  # of which the last pieces are views
+
+
+@torch.no_grad()
+def test_what_was_read_is_counted_however_long_ago() -> None:
+    """Also when tokens were taken back; but not further than memory knows."""
+    model, ids = MODELS["llama"], tokens(2, 300, seed=6)
+    memories = [remembering(model, rows=2) for _ in range(2)]
+    for memory, pieces in zip(memories, ([300], [7]), strict=True):
+        feed(model, memory, ids, pieces)
+    feed(model, memories[1], tokens(2, 60, seed=7))
+    memories[1].forget(last=60)
+    ours, theirs = (memory.attention_memory.reads.total for memory in memories)  # type: ignore[union-attr]
+    assert theirs is not None and theirs.sum() > 30
+    assert_close(ours, theirs)
+    assert_same_memory(*memories)
+    with pytest.raises(ValueError, match=r"200 tokens .* only the last"):
+        memories[1].forget(last=200)
+
+
 @torch.no_grad()
 def test_memory_does_not_grow_with_what_was_said() -> None:
     """Neither in bytes nor in what attention sees."""
@@ -423,9 +458,11 @@ def check_sharpness() -> None:
     memories = [blank(model, sharpness=factor) for factor in (1.0, 2.0)]
     for memory in memories:
         talk(model, memory, CONVERSATIONS[:1])
+        feed(model, memory, CONVERSATIONS[1])
     plain, sharp = (memory.layers[1] for memory in memories)
-    assert torch.equal(sharp.values, plain.values) and torch.equal(sharp.memory_keys, plain.memory_keys)
-    assert_close(queries @ sharp.keys.transpose(2, 3), 2 * queries @ plain.keys.transpose(2, 3))
+    assert torch.equal(sharp.memory_values, plain.memory_values) and torch.equal(sharp.memory_keys, plain.memory_keys)
+    keys = [layer.keys[:, :, : layer.memory_length].transpose(2, 3) for layer in (plain, sharp)]
+    assert_close(queries @ keys[1], 2 * queries @ keys[0])
 
 
 def check_merge_similarity() -> None:
@@ -528,11 +565,11 @@ def test_attention_to_memory_is_the_models_own(arch: str, attention: str) -> Non
         feed(model, memory, ids, pieces)
         layer = memory.attention_memory
         assert layer is not None
-        assert_close(torch.cat([columns.read for columns in layer.said], dim=1), expected)
+        assert_close(torch.cat([columns for _, columns in layer.reads.recent], dim=1), expected)
     with before.read_only():
         feed(model, before, ids)
     assert before.attention_memory is not None
-    assert not before.attention_memory.said[0].read.any()
+    assert before.attention_memory.reads.total is None
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ import copy
 import weakref
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from ..configuration.attention_memory import AttentionMemoryConfig
 from .attention_memory import Said, Slots, consolidate, keep_best, pass_cycles
 from .key_values import KeyValueLayer
 from .layer import MemoryLayer
+from .reads import Reads
 from .rotation import KeyLayout
 from .state import RowState, check_tensors
 from .surprise import token_surprise
@@ -32,8 +34,7 @@ class Columns(RowState):
     real: Tensor  # [B, T] bool
     written: Tensor  # [B, T] bool
     repeated: Tensor  # [B, T] bool, the beginning of a text where memory holds one: attention passes it by
-    hidden: Tensor  # [B, T, D] the model's last hidden states
-    read: Tensor  # [B, T, M] float32, the attention that each slot got
+    hidden: Tensor  # [B, T, D] the model's last hidden states, for surprise; D = 0 where nobody asks for that
 
 
 class AttentionMemoryLayer(MemoryLayer):
@@ -65,7 +66,9 @@ class AttentionMemoryLayer(MemoryLayer):
         self.attention: list[KeyValueLayer] = []
         self.slots: Slots | None = None
         self.said: tuple[Columns, ...] = ()
+        self.reads = Reads()
         self.coming: Columns | None = None  # the columns of the pass that is under way
+        self.coming_read: Tensor | None = None  # [B, T, M] float32, the attention that they gave to each slot
 
     def bind(self, layers: list[Any]) -> None:
         self.attention = [layer for layer in layers if isinstance(layer, KeyValueLayer)]
@@ -81,9 +84,14 @@ class AttentionMemoryLayer(MemoryLayer):
         return sum(chunk.token.shape[1] for chunk in self.said)
 
     @property
+    def needs_surprise(self) -> bool:
+        """Whether it matters how surprising tokens are."""
+        return self.config.policy == "surprise"
+
+    @property
     def watches_attention(self) -> bool:
         """Whether it matters how much of its attention the pass under way gives to memory."""
-        matters = self.config.policy == "surprise" and self.config.read_gain > 0
+        matters = self.needs_surprise and self.config.read_gain > 0
         return matters and self.memory_length > 0 and not self.is_read_only
 
     # The open conversation.
@@ -93,7 +101,9 @@ class AttentionMemoryLayer(MemoryLayer):
         self.check_rows(columns.token.shape[0])
         if self.slots is None:
             self.slots = Slots.empty(columns.token.shape[0], 0, columns.token.device)
-        self.said, self.coming = (*self.said, columns), None
+        if self.coming_read is not None:
+            self.reads = self.reads.add(self.context_length, self.coming_read * columns.written[..., None])
+        self.said, self.coming, self.coming_read = (*self.said, columns), None, None
         if len(self.said) > CHUNKS:  # one per token of a reply
             self.said = (join(self.said),)
 
@@ -101,6 +111,7 @@ class AttentionMemoryLayer(MemoryLayer):
         held = self.context_length
         if tokens > held:
             raise ValueError(f"{tokens} tokens are to be taken back, but the open conversation has {held}")
+        self.reads = self.reads.before(held - tokens, held)
         chunks = list(self.said)
         while tokens:
             last = chunks.pop()
@@ -115,7 +126,11 @@ class AttentionMemoryLayer(MemoryLayer):
     def clear_context(self) -> None:
         if self.slots is not None and self.said:
             self._hold(*self._closed())
-        self.said = ()
+        self._begin()
+
+    def _begin(self) -> None:
+        """Of a new conversation nothing was said."""
+        self.said, self.reads = (), Reads()
 
     @torch.no_grad()
     def _closed(self) -> tuple[Slots, list[tuple[Tensor, Tensor] | None]]:
@@ -124,7 +139,8 @@ class AttentionMemoryLayer(MemoryLayer):
         if not self.said:
             return self.slots, [self._memory_of(layer) for layer in self.attention]
         columns = join(self.said)
-        read = (columns.read * columns.written[..., None]).sum(1)
+        read = self.reads.total
+        read = torch.zeros_like(self.slots.importance) if read is None else read
         said = Said(columns.token, self._surprise(columns), columns.written, self._same(columns), read)
         slots, source = consolidate(self.slots, said, self.config)
         return slots, [
@@ -134,7 +150,7 @@ class AttentionMemoryLayer(MemoryLayer):
 
     def _surprise(self, columns: Columns) -> Tensor:
         """[B, T]; 0 for the first token of the conversation and for what is not written."""
-        if self.config.policy != "surprise":
+        if not self.needs_surprise:
             return columns.token.new_zeros(columns.token.shape, dtype=torch.float32)
         model = self.model()
         if model is None:
@@ -186,17 +202,14 @@ class AttentionMemoryLayer(MemoryLayer):
         return layer.memory_keys, layer.memory_values
 
     def _hold(self, slots: Slots, held: list[tuple[Tensor, Tensor] | None]) -> None:
-        """Become a memory, with an empty context: keys move to the positions -M to -1."""
-        self.slots, self.said = slots, ()
-        positions = torch.arange(-slots.size, 0, device=slots.token.device)
+        """Become a memory, with an empty context: keys are read at the positions -M to -1."""
+        self.slots = slots
+        self._begin()
         for layer, layout, kept in zip(self.attention, self.layouts, held, strict=True):
             if layout is None or kept is None or not slots.size:
                 layer.forget()
                 continue
-            # A key that is longer by a factor scores higher by it, whatever the attention kernel.
-            # In float32, to round once.
-            moved = layout.rotate(kept[0].float(), positions, self.rotary) * (self.config.sharpness or 1.0)
-            layer.remember(*kept, moved.to(kept[0].dtype))
+            layer.remember(*kept, partial(before_context, layout, self.rotary, self.config.sharpness or 1.0))
 
     # What attention is told.
 
@@ -242,7 +255,8 @@ class AttentionMemoryLayer(MemoryLayer):
     # The rest of a memory's life.
 
     def reset(self) -> None:
-        self.slots, self.said = None, ()
+        self.slots = None
+        self._begin()
         for layer in self.attention:
             layer.forget()
 
@@ -279,6 +293,7 @@ class AttentionMemoryLayer(MemoryLayer):
         if self.slots is not None:
             self.slots = self.slots.map(function)
         self.said = tuple(chunk.map(function) for chunk in self.said)
+        self.reads = self.reads.map(function)
 
     def copy(self) -> "AttentionMemoryLayer":
         layer = copy.copy(self)
@@ -353,6 +368,11 @@ class AttentionMemoryLayer(MemoryLayer):
         return self.slots.nbytes + sum(tensor.numel() * tensor.element_size() for tensor in held)
 
     @property
+    def context_nbytes(self) -> int:
+        """Bytes of what is known of the open conversation's tokens."""
+        return sum(chunk.nbytes for chunk in self.said)
+
+    @property
     def tokens_seen(self) -> Tensor | None:
         if self.slots is None:
             return None
@@ -373,6 +393,16 @@ class AttentionMemoryLayer(MemoryLayer):
 def join(chunks: tuple[Columns, ...]) -> Columns:
     """All columns in order."""
     return Columns(*(torch.cat(parts, dim=1) for parts in zip(*(c.tensors().values() for c in chunks), strict=True)))
+
+
+def before_context(layout: KeyLayout, rotary: torch.nn.Module | None, sharpness: float, keys: Tensor) -> Tensor:
+    """Keys [B, H, M, d] at the positions -M to -1, with scores that are `sharpness` times as high.
+
+    A key that is longer by a factor scores higher by it, whatever the attention kernel.
+    """
+    positions = torch.arange(-keys.shape[2], 0, device=keys.device)
+    # In float32, to round once.
+    return (layout.rotate(keys.float(), positions, rotary) * sharpness).to(keys.dtype)
 
 
 def last_before(real: Tensor) -> Tensor:

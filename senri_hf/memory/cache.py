@@ -366,15 +366,23 @@ class MemoryCache(AssociativeOperations, DynamicCache):
 
         While a conversation is open there is working space on top, bounded however long the conversation gets: the
         journal from which last tokens are taken back, tokens that wait to be taken in, and keys and values projected
-        from memory. It ends with `clear_context()`.
+        from memory, or moved to where they are read. It ends with `clear_context()`.
         """
         return sum(layer.nbytes for layer in self.memory_layers)
 
     @property
     def context_nbytes(self) -> int:
-        """Bytes of the context: the keys and values that attention can still see."""
-        held = [t for layer in self.layers for t in (layer.keys, layer.values) if isinstance(t, Tensor)]
-        return sum(tensor.numel() * tensor.element_size() for tensor in held)
+        """Bytes of the context: the keys and values that attention can still see, and what memory without training
+        has to know of their tokens when the conversation ends.
+        """
+        held = [
+            tensor
+            for layer in self.layers
+            for tensor in (layer.context() if isinstance(layer, KeyValueLayer) else (layer.keys, layer.values))
+            if isinstance(tensor, Tensor)
+        ]
+        noted = 0 if self.attention_memory is None else self.attention_memory.context_nbytes
+        return noted + sum(tensor.numel() * tensor.element_size() for tensor in held)
 
     @property
     def tokens_seen(self) -> Tensor:

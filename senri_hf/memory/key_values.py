@@ -25,9 +25,10 @@ class KeyValueLayer(DynamicLayer):
         super().__init__()
         self.sliding_window = sliding_window
         self.is_sliding = sliding_window is not None
-        # The memory as it is kept: keys at position 0. What attention reads stands, moved, before the context.
+        # The memory as it is kept: keys at position 0. In a conversation it stands, moved, before the context.
         self.memory_keys: Tensor | None = None  # [B, H, M, d]
         self.memory_values: Tensor | None = None
+        self.move: Callable[[Tensor], Tensor] | None = None
 
     @classmethod
     def like(cls, layer: Any) -> "KeyValueLayer":
@@ -49,35 +50,32 @@ class KeyValueLayer(DynamicLayer):
     @property
     def columns(self) -> int:
         """Columns of memory and context together."""
-        return self.keys.shape[-2] if self.is_initialized and self.keys.dim() > 1 else 0
+        return self.keys.shape[-2] if self.is_initialized and self.keys.dim() > 1 else self.memory_length
 
-    def remember(self, keys: Tensor, values: Tensor, moved: Tensor) -> None:
+    def remember(self, keys: Tensor, values: Tensor, move: Callable[[Tensor], Tensor]) -> None:
         """Hold a memory, and an empty context.
 
         Args:
-            keys, values: [B, H, M, d] as they are kept. moved: The keys at the positions at which they are read.
+            keys, values: [B, H, M, d] as they are kept. move: Gives the keys at the positions at which they are read.
         """
-        self.memory_keys, self.memory_values = keys, values
-        self.keys, self.values = moved, values
-        self.dtype, self.device = keys.dtype, keys.device
-        self.is_initialized = True
+        self.reset()
+        self.memory_keys, self.memory_values, self.move = keys, values, move
 
     def forget(self) -> None:
         """Hold no memory and no context."""
-        self.memory_keys = self.memory_values = None
-        super().reset()
+        self.memory_keys = self.memory_values = self.move = None
+        self.reset()
 
-    def reset(self) -> None:
-        """Drop the context; the memory stays."""
-        length = self.memory_length
-        if not length:
-            return super().reset()
-        assert self.memory_values is not None
-        self.keys, self.values = self.keys[..., :length, :].clone(), self.memory_values
-        return None
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Begin a conversation."""
+        super().lazy_initialization(key_states, value_states)
+        if self.memory_keys is not None and self.move is not None:
+            self.keys, self.values = self.move(self.memory_keys), self.memory_values
 
     def context(self) -> tuple[Tensor, Tensor]:
         """Keys and values of the context alone."""
+        if not self.is_initialized:
+            return torch.empty(0), torch.empty(0)
         return self.keys[..., self.memory_length :, :], self.values[..., self.memory_length :, :]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:

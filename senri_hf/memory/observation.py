@@ -55,11 +55,12 @@ def show_memory(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         raise ValueError(
             "attention_mask is a dict of masks that were made without memory; pass a mask [batch, tokens], or none"
         )
-    if ids is None and layer.config.policy == "surprise":
+    if ids is None and layer.needs_surprise:
         raise ValueError(
             "What surprises is known of token ids only, but inputs_embeds were given; pass input_ids, or make the "
             "memory with policy='recent'"
         )
+    layer.coming_read = None  # of a pass that failed
     layer.coming = what_comes(decoder, layer, given, tokens, cache.get_seq_length())
     wide: Any = layer.widen(mask, layer.coming)
     if wide is mask:
@@ -91,7 +92,6 @@ def what_comes(decoder: Any, layer: AttentionMemoryLayer, given: dict[str, Any],
         written=torch.zeros_like(real) if layer.is_read_only else real,
         repeated=repeated,
         hidden=tokens.new_zeros(*real.shape, 0),
-        read=torch.zeros(*real.shape, layer.memory_length, device=real.device),
     )
 
 
@@ -130,14 +130,14 @@ def note_tokens(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     _, layer = memory_of(named_arguments(decoder, args, kwargs))
     if layer is not None and layer.coming is not None:
         hidden: Tensor = output[0] if isinstance(output, tuple) else output.last_hidden_state
-        layer.note(replace(layer.coming, hidden=hidden.detach()))
+        layer.note(replace(layer.coming, hidden=hidden.detach()) if layer.needs_surprise else layer.coming)
 
 
 def watch_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Before attention in the middle of the model: watch how much of it goes to memory."""
     _, layer = memory_of(dict(enumerate(args)) | kwargs)
     if layer is not None and layer.coming is not None and layer.watches_attention:
-        count, length = layer.coming.read.shape[1:]
+        count, length = layer.coming.token.shape[1], layer.memory_length
         start_watching(AttentionMass(count, length + layer.context_length + count, length))
 
 
@@ -146,4 +146,4 @@ def note_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     _, layer = memory_of(dict(enumerate(args)) | kwargs)
     found = stop_watching()
     if layer is not None and layer.coming is not None and found is not None:
-        layer.coming = replace(layer.coming, read=found)
+        layer.coming_read = found

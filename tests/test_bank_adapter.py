@@ -16,7 +16,7 @@ from senri_hf import MemoryAdapterConfig, MemoryCache
 from senri_hf.adapters import quantize_bank
 from senri_hf.adapters.bank import BankBlock
 from senri_hf.configuration.bank import CAUSAL_STRATEGIES
-from senri_hf.memory.router_loss import take_router_loss
+from senri_hf.memory.router_loss import take_router_loss, with_router_loss
 
 
 BANK = Subject("llama", "bank", "default")
@@ -133,6 +133,15 @@ def test_losses_of_routers_reach_the_loss() -> None:
     assert_close(loss, plain + waiting, "loss")
     with model.disable_adapter():
         assert_close(model(input_ids=ids, labels=ids).loss, model.eval()(input_ids=ids, labels=ids).loss, "disabled")
+
+
+def test_losses_of_routers_are_weighed_by_the_labels_of_a_pass() -> None:
+    """Of whole rows as of tokens, of which a row's first is predicted by none."""
+    classes, values = torch.tensor([0, 2, -100, 1]), torch.zeros(4, 3)
+    for labels, items, share in ((tokens(2, 10), 36, 0.5), (classes, 6, 0.5), (values, 24, 0.5), (classes, None, 1.0)):
+        told = None if items is None else torch.tensor(items)
+        assert_close(with_router_loss(torch.tensor(1.0), torch.tensor(4.0), labels, told), torch.tensor(1 + 4 * share))
+    assert with_router_loss(torch.tensor(1.0), None, classes) == 1
 
 
 def test_memory_and_lora_are_one_model(tmp_path: Path) -> None:

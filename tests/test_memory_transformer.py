@@ -23,6 +23,7 @@ from senri_hf.modeling import (
     MemoryTransformerForSequenceClassification,
     MemoryTransformerModel,
 )
+from senri_hf.modeling.memory_transformer import MemoryPass
 
 
 SMALL: dict[str, Any] = {
@@ -257,6 +258,32 @@ def test_losses_of_routers_reach_the_loss() -> None:
     assert build(**CHAPTERS, use_load_balance_loss=False).train()(ids, labels=ids).router_loss is None
 
 
+def test_losses_of_routers_reach_the_loss_of_a_classifier(tmp_path: Path) -> None:
+    """Once, whatever it returns; a trainer that accumulates passes takes the mean of both."""
+    torch.manual_seed(0)
+    config = MemoryTransformerConfig(**SMALL, **CHAPTERS, num_labels=3, load_balance_coefficient=5.0)
+    model, ids, labels = MemoryTransformerForSequenceClassification(config).train(), tokens(4, 10), torch.arange(4) % 3
+    out = model(ids, labels=labels)
+    plain = torch.nn.functional.cross_entropy(out.logits, labels)
+    assert take_router_loss(model) is None
+    model.model(ids)
+    waiting = take_router_loss(model)
+    assert waiting is not None and waiting > 1
+    assert_close(out.loss, plain + waiting, "loss")
+    assert_close(model(ids, labels=labels, return_dict=False)[0], out.loss, "loss in a tuple")
+    assert_close(model.eval()(ids, labels=labels).loss, plain, "loss in evaluation")
+    expected = model.train()(ids[:1], labels=labels[:1]).loss.item()
+    rows = [{"input_ids": ids[0], "labels": labels[0]}] * 4
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=2,
+        report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True, learning_rate=0.0, logging_steps=1,
+    )  # fmt: skip
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows)
+    trainer.train()
+    logged = next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
+    assert abs(logged - expected) < 1e-3
+
+
 def test_what_routers_did_is_in_the_output() -> None:
     out = build(**CHAPTERS)(tokens(2, 10))
     assert out.router_usage.shape == (6,) and abs(out.router_usage.sum().item() - 1) < 1e-5
@@ -393,6 +420,36 @@ def test_a_conversation_is_routed_by_its_own_tokens_only() -> None:
     assert other.tokens_seen.tolist() == [39]
     with pytest.raises(ValueError, match=r"tokens is torch\.float32"):
         other.load_state_dict({name: t.float() for name, t in memory.state_dict().items()})
+
+
+@pytest.mark.parametrize("stored", [False, True], ids=["floats", "codes"])
+@pytest.mark.parametrize("length", [9, 1])
+@pytest.mark.parametrize("kind", ["whole_bank", "prefix", "low_rank"])
+@torch.no_grad()
+def test_an_offloaded_model_reads_the_same(kind: str, length: int, stored: bool) -> None:
+    """Its weights are there within the forward of the module that has them only."""
+    from accelerate import cpu_offload
+
+    settings = {**KINDS, "low_rank": {"use_low_rank_projections": True, "projection_rank": 8}}[kind]
+    model, ids = build(**settings, num_memory_tokens=240), tokens(1, length)
+    if stored:
+        model.quantize_memory(8)
+    expected = model(ids, use_cache=False).logits
+    cpu_offload(model, execution_device=torch.device("cpu"), offload_buffers=True)
+    assert_close(model(ids, use_cache=False).logits, expected, "logits")
+
+
+@torch.no_grad()
+def test_layers_may_be_on_another_device_than_the_bank() -> None:
+    """What was found out of a pass follows them, and what they read does."""
+    model = build()
+    attention = model.model.layers[0].memory_attn
+    layer, bank = model.model.layers[0].to("meta"), model.model.memory_banks[0]()
+    memory_pass = MemoryPass(torch.ones(1, 5, dtype=torch.bool), None, torch.tensor([3]))
+    hidden, _ = layer.read_memory(torch.zeros(1, 5, 32, device="meta"), bank, memory_pass, None)
+    assert hidden.device.type == "meta" and attention.q_proj.weight.is_meta
+    moved = memory_pass.to(torch.device("meta"))
+    assert moved.real.is_meta and moved.starts is None and moved.prompt_lengths.is_meta
 
 
 def test_lora_reaches_memory_projections() -> None:

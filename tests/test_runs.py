@@ -575,6 +575,23 @@ def test_every_row_of_packed_documents_begins_as_a_text_does(place: Path) -> Non
         pack_texts(texts, tokenizer, "text", 1)
 
 
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("training_mode=pretraining", "sdpa"),
+        ("training_mode=instruction_finetuning", "flash_attention_2"),
+        ("use_flash_attention=false", "eager"),
+    ],
+)
+def test_packed_documents_get_an_attention_that_keeps_them_apart(
+    setting: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FlashAttention 2 does so in batches of one row only."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: True)
+    assert runs.attention_implementation(RunConfig.load(overrides=[setting])) == expected
+
+
 def test_only_answers_are_learned(place: Path) -> None:
     seen = Seen(place, "base")
     row = seen.rows()[0]

@@ -9,7 +9,7 @@ from typing import Any, cast
 from torch import nn
 
 from ..memory.decoder import find_decoder, named_arguments
-from ..memory.router_loss import share_of_batch, take_router_loss
+from ..memory.router_loss import take_router_loss, with_router_loss
 from .context import ForwardContext
 from .layer import MemoryAdapterLayer
 
@@ -46,9 +46,7 @@ def model_hook(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
     """Add the losses of the blocks' routers to the loss that a model computes in training."""
     labels, loss = kwargs.get("labels"), getattr(output, "loss", None)
     if labels is not None and loss is not None and model.training:
-        waiting = take_router_loss(model)
-        if waiting is not None:
-            output.loss = loss + waiting.to(loss.device) * share_of_batch(labels, kwargs.get("num_items_in_batch"))
+        output.loss = with_router_loss(loss, take_router_loss(model), labels, kwargs.get("num_items_in_batch"))
     return output
 
 

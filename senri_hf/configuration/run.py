@@ -109,7 +109,8 @@ class ModelSection:
         attention_dropout: On attention weights.
         base_model_name: A model that exists: a name of `senri_hf.base_names()`, a folder or a Hub id.
         freeze_base_model: Train what is added to it only.
-        use_flash_attention: Fused attention: FlashAttention 2 where it is installed, else PyTorch's; otherwise eager.
+        use_flash_attention: Fused attention: FlashAttention 2 where it is installed and documents are not packed, else
+            PyTorch's; otherwise eager.
     """
 
     hidden_dim: int = 768

@@ -88,26 +88,31 @@ class Table(nn.Module):
     def forward(self) -> "OpenTable":
         """The table as a forward pass reads it: opened once, however many layers read it."""
         if self.stored:
-            return OpenTable(self, self.codes)
+            return OpenTable(self, self.codes, self.scales)
         opened: Tensor = _Open.apply(self.weight)  # type: ignore[no-untyped-call]
-        return OpenTable(self, opened)
+        return OpenTable(self, opened, None)
 
 
 @dataclass(frozen=True)
 class OpenTable:
-    """A table that is read. `held` is its parameter, or its codes."""
+    """A table that is read: `held` is its parameter, or its codes, which have `scales`.
+
+    It stays where it is; of a layer on another device only what that layer reads is moved.
+    """
 
     table: Table
     held: Tensor
+    scales: Tensor | None
 
     def all(self) -> Tensor:
         """All rows, [rows, width]."""
-        return self._rows(self.held, self.table.scales if self.table.stored else None)
+        return self._rows(self.held, self.scales)
 
     def chapters(self, chapters: Tensor, length: int) -> Tensor:
         """Chapters [A] of `length` rows each: [A, length, width]."""
-        if self.table.stored:
-            codes, scales = (t.unflatten(0, (-1, length))[chapters] for t in (self.held, self.table.scales))
+        chapters = chapters.to(self.held.device)
+        if self.scales is not None:
+            codes, scales = (t.unflatten(0, (-1, length))[chapters] for t in (self.held, self.scales))
             return self._rows(codes, scales)
         taken: Tensor = _TakeChapters.apply(self.held, chapters, length)  # type: ignore[no-untyped-call]
         return self._rows(taken, None)

@@ -129,7 +129,7 @@ class BankAttention(nn.Module):
     def read_all(self, query: Tensor, bank: OpenBank) -> Tensor:
         """The whole bank, for query [n, H, e]: [n, H, f]."""
         attend = nn.functional.scaled_dot_product_attention
-        rows = bank.all().to(query.dtype)
+        rows = bank.all().to(query)
         if self.absorbs(rows.shape[0], query.shape[0], rows.shape[0]):
             # Every head of every token is a query to the rows themselves.
             lifted = self.lift(query).flatten(0, 1)[None, None]
@@ -141,7 +141,7 @@ class BankAttention(nn.Module):
     def read_chapters(self, query: Tensor, bank: OpenBank, choice: Choice) -> Tensor:
         """The chosen chapters, for query [n, H, e]: [n, H, f]."""
         groups = Groups.of(choice.chapters)
-        rows = bank.chapters(groups.chapters).to(query.dtype)  # [A, T, width]
+        rows = bank.chapters(groups.chapters).to(query)  # [A, T, width]
         length = rows.shape[1]
         if self.absorbs(rows.shape[0] * length, query.shape[0], choice.chapters.shape[1] * length):
             rows = rows[:, :, None]
@@ -163,6 +163,8 @@ class BankAttention(nn.Module):
         parts = [*self.k_proj.modules(), *self.v_proj.modules()]
         if any(type(part) not in (MemoryLinear, LowRankProjection) for part in parts):
             return False  # quantized, or with an adapter of its own: only its forward says what it does
+        if any(parameter.is_meta for part in parts for parameter in part.parameters()):
+            return False  # offloaded: the weight is there within its forward only
         head = round(self.scale**-2)
         width, scores = row_width(self.config, self.hidden_size), tokens * rows_each * self.num_heads
         made = rows * width * head * self.num_heads + scores * head

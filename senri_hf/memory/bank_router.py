@@ -201,7 +201,8 @@ class ChapterRouter(nn.Linear):
 
 def mean_record(records: list[RouterRecord]) -> RouterRecord:
     """The mean over memory layers, usage included."""
-    return RouterRecord(*(torch.stack(parts).mean(0) for parts in zip(*records, strict=True)))
+    device = records[0].z.device  # layers may be on several
+    return RouterRecord(*(torch.stack([p.to(device) for p in parts]).mean(0) for parts in zip(*records, strict=True)))
 
 
 def router_loss(record: RouterRecord, config: BankConfig) -> Tensor:

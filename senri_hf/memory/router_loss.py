@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 
 
@@ -56,15 +57,28 @@ def take_router_loss(model: nn.Module) -> Tensor | None:
     """The router loss that a model's last training pass left and nobody took yet; None where there is none."""
     taken = [slot.take() for slot in slots_of(model)]
     losses = [loss for loss in taken if loss is not None]
-    return sum(losses[1:], losses[0]) if losses else None
+    return sum((loss.to(losses[0].device) for loss in losses[1:]), losses[0]) if losses else None
 
 
 def share_of_batch(labels: Tensor, num_items_in_batch: Any) -> Tensor | float:
-    """The weight of this pass's tokens in a batch that is accumulated over several passes.
+    """The weight of this pass's labels in a batch that is accumulated over several passes.
 
-    A loss that is a sum over labelled tokens divided by `num_items_in_batch` adds up to a mean over passes; a loss that
-    is a mean over tokens has to be weighed by its share to do so too.
+    A loss that is a sum over labelled items divided by `num_items_in_batch` adds up to a mean over passes; a loss that
+    is a mean has to be weighed by its share to do so too.
+
+    Args:
+        labels: [B, T] next tokens, of which the first is predicted by none; or classes [B] or values of whole rows.
     """
     if num_items_in_batch is None:
         return 1.0
-    return (labels[..., 1:] != -100).sum() / num_items_in_batch
+    names_tokens = labels.dim() > 1 and not labels.is_floating_point()  # else classes or values of whole rows
+    learned = labels[..., 1:] if names_tokens else labels
+    return (learned != -100).sum() / num_items_in_batch
+
+
+def with_router_loss(loss: Tensor, waiting: Tensor | None, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    """The loss of a pass and that of its routers, if one waits, weighed by its share of the batch."""
+    if waiting is None:
+        return loss
+    share = torch.as_tensor(share_of_batch(labels, num_items_in_batch), device=loss.device)
+    return loss + waiting.to(loss.device) * share

@@ -1,7 +1,7 @@
 """The memory transformer: a Llama whose memory layers read a bank of learnable memory tokens by cross-attention."""
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,11 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
+)
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
@@ -25,7 +29,7 @@ from ..memory.cache import MemoryCache, layer_in
 from ..memory.layer import MemoryLayer
 from ..memory.owner import MemoryOwner
 from ..memory.real_tokens import AfterEnd, document_starts, real_tokens
-from ..memory.router_loss import RouterLossSlot, share_of_batch
+from ..memory.router_loss import RouterLossSlot, with_router_loss
 from .language_model import CausalLanguageModel
 
 
@@ -58,6 +62,11 @@ class MemoryPass:
     real: Tensor  # [B, T] the tokens that are no padding
     starts: Tensor | None  # [B, T] where another document begins
     prompt_lengths: Tensor | None  # [B]
+
+    def to(self, device: torch.device) -> Self:
+        """The same where a layer is, as those of one model may be on several devices."""
+        held = (self.real, self.starts, self.prompt_lengths)
+        return type(self)(*(None if tensor is None else tensor.to(device) for tensor in held))  # type: ignore[arg-type]
 
 
 class MemoryCrossAttention(BankAttention, MemoryOwner):
@@ -133,6 +142,7 @@ class MemoryTransformerDecoderLayer(GradientCheckpointingLayer):
     ) -> tuple[Tensor, RouterRecord | None]:
         """The residual stream after the memory sublayer, and what the router did."""
         assert bank is not None and memory_pass is not None
+        memory_pass = memory_pass.to(hidden_states.device)
         read, record = self.memory_attn(
             self.memory_layernorm(hidden_states),
             bank,
@@ -383,10 +393,8 @@ class MemoryTransformerForCausalLM(CausalLanguageModel, MemoryTransformerPreTrai
         )
         predictions = self.predictions(outputs, labels, logits_to_keep, **kwargs)
         if labels is not None:
-            waiting = self.model.router_loss.take()
-            if waiting is not None:
-                share = share_of_batch(labels, kwargs.get("num_items_in_batch"))
-                predictions["loss"] = predictions["loss"] + waiting.to(predictions["loss"].device) * share
+            waiting, items = self.model.router_loss.take(), kwargs.get("num_items_in_batch")
+            predictions["loss"] = with_router_loss(predictions["loss"], waiting, labels, items)
         return MemoryCausalLMOutputWithPast(
             **predictions,
             router_loss=outputs.router_loss,
@@ -409,4 +417,37 @@ class MemoryTransformerForCausalLM(CausalLanguageModel, MemoryTransformerPreTrai
 
 
 class MemoryTransformerForSequenceClassification(GenericForSequenceClassification, MemoryTransformerPreTrainedModel):
-    """The memory transformer with a classification head; routing may look ahead here."""
+    """The memory transformer with a classification head; routing may look ahead here.
+
+    While training, its loss is that of the classes plus that of the routers.
+    """
+
+    # It is a mean over the rows of a pass: a trainer that accumulates passes divides it.
+    accepts_loss_kwargs = False
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutputWithPast:
+        """Scores of classes [B, num_labels], and their loss where `labels` are given; all else is the decoder's."""
+        output = super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            **{**kwargs, "return_dict": True},
+        )
+        if labels is not None:
+            output.loss = with_router_loss(output.loss, self.model.router_loss.take(), labels)
+        return output

@@ -118,17 +118,22 @@ def load_base_of(config: RunConfig) -> tuple[Any, PreTrainedTokenizerBase]:
 
 def attending(config: RunConfig, model: Any) -> Any:
     """The model with the attention that `use_flash_attention` asks for."""
-    model.set_attn_implementation(attention_implementation(config.model.use_flash_attention))
+    model.set_attn_implementation(attention_implementation(config))
     return model
 
 
-def attention_implementation(flash: bool) -> str:
-    """FlashAttention 2 where it is installed and there is a GPU, else PyTorch's own fused attention; or eager."""
-    if not flash:
+def attention_implementation(config: RunConfig) -> str:
+    """FlashAttention 2 where it is installed and there is a GPU, else PyTorch's own fused attention; or eager.
+
+    FlashAttention 2 keeps packed documents apart in batches of one row only: rows that are packed get PyTorch's.
+    """
+    if not config.model.use_flash_attention:
         return "eager"
     from transformers.utils import is_flash_attn_2_available
 
-    return "flash_attention_2" if torch.cuda.is_available() and is_flash_attn_2_available() else "sdpa"
+    is_packed = config.training.training_mode == "pretraining"
+    is_served = torch.cuda.is_available() and is_flash_attn_2_available()
+    return "flash_attention_2" if is_served and not is_packed else "sdpa"
 
 
 def adapted(config: RunConfig, base: Any) -> Any:
@@ -202,7 +207,7 @@ def new_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
         ),
-        attn_implementation=attention_implementation(model.use_flash_attention),
+        attn_implementation=attention_implementation(config),
     )
 
 

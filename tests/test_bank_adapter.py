@@ -41,24 +41,19 @@ def test_any_cache_carries_what_tokens_are_routed_by(arch: str) -> None:
     assert text[:, 9:].unique().numel() >= 4
 
 
-@pytest.mark.parametrize(
-    ("strategy", "way"),
-    [
-        (strategy, way)
-        for strategy in CAUSAL_STRATEGIES
-        for way in ("beams", "prompt lookup", "static cache")
-        # An adapter takes the first candidates of prompt lookup for the prompt.
-        if (strategy, way) != ("hybrid", "prompt lookup")
-    ],
-)
+@pytest.mark.parametrize("strategy", CAUSAL_STRATEGIES)
+@pytest.mark.parametrize("way", ["beams", "prompt lookup", "static cache", "memory", "prompt lookup with memory"])
 @torch.no_grad()
 def test_every_way_to_generate_gives_the_text_of_the_full_forward(strategy: str, way: str) -> None:
     model, ids = BANK.build(**routed(strategy)), tokens(1, 9)
     ids = torch.cat([ids, ids[:, :5]], dim=1)
     plain: dict[str, Any] = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None}
-    ways = {
+    lookup = {"prompt_lookup_num_tokens": 3}
+    ways: dict[str, dict[str, Any]] = {
         "beams": {"num_beams": 3},
-        "prompt lookup": {"prompt_lookup_num_tokens": 3},
+        "prompt lookup": lookup,
+        "memory": {"past_key_values": MemoryCache.for_model(model)},
+        "prompt lookup with memory": {**lookup, "past_key_values": MemoryCache.for_model(model)},
         "static cache": {"cache_implementation": "static"},
     }
     mask = torch.ones_like(ids)
@@ -67,6 +62,30 @@ def test_every_way_to_generate_gives_the_text_of_the_full_forward(strategy: str,
     # Without a cache nobody knows where the prompt ended.
     plain["use_cache"] = strategy == "hybrid"
     assert torch.equal(ours, model.generate(input_ids=ids, attention_mask=mask, **plain, **same))
+
+
+@pytest.mark.parametrize("way", ["plain", "static cache", "memory"])
+@torch.no_grad()
+def test_hybrid_routing_is_told_where_the_prompt_ends(way: str) -> None:
+    """By any cache: decoding is the full forward that is told the prompt's length, and not that of prefix routing."""
+    model, ids = BANK.build(**routed("hybrid"), routing_window_size=2), tokens(2, 9)
+    ids[1, :3] = 0
+    mask = (ids != 0).long()
+    ways: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "static cache": {"cache_implementation": "static"},
+        "memory": {"past_key_values": MemoryCache.for_model(model)},
+    }
+    out = model.generate(
+        input_ids=ids, attention_mask=mask, max_new_tokens=12, do_sample=False, eos_token_id=None,
+        return_dict_in_generate=True, output_logits=True, **ways[way],
+    )  # fmt: skip
+    full = torch.cat([mask, torch.ones(2, 12, dtype=torch.long)], dim=1)
+    positions = (full.cumsum(1) - 1).clamp_min(0)
+    given = {"input_ids": out.sequences, "attention_mask": full, "position_ids": positions, "use_cache": False}
+    told = model(**given, prompt_lengths=mask.sum(1)).logits
+    assert_close(torch.stack(out.logits, dim=1), told[:, 8:-1], "logits")
+    assert not torch.allclose(told, model(**given).logits, atol=1e-2)
 
 
 @torch.no_grad()

@@ -730,7 +730,10 @@ def test_memory_does_not_grow_with_what_is_read(subject: Subject, way: str) -> N
         else:
             feed(model, memory, ids, [41] if way == "pieces" else None, **settings)
         held = sum(held_storage(layer) for layer in memory.memory_layers)
-        recent = sum(held_storage(t) for t in (memory.recent_ids, memory.recent_hidden, memory.recent_real))
+        recent = sum(
+            held_storage(t)
+            for t in (memory.recent_ids, memory.recent_decoded, memory.recent_hidden, memory.recent_real)
+        )
         sizes.append((memory.nbytes, held + recent, memory.context_nbytes))
     counted, held_bytes, context = zip(*sizes, strict=True)
     assert max(counted) <= 1.25 * counted[0]

@@ -97,12 +97,15 @@ class BankBlock(nn.Module, MemoryBlock):
     ) -> Tensor | None:
         self.check_routing(context)
         layer = cast("BankLayer | None", memory)
-        if layer is not None and context.is_generated and "hybrid" in self.config.routing_strategies:
-            layer.end_prompt()
-        real, starts = context.tokens_and_documents
+        # Of a model whose layers are on several devices these are where its input is.
+        real, starts = (None if t is None else t.to(output.device) for t in context.tokens_and_documents)
+        assert real is not None
+        lengths = context.prompt_lengths
+        if lengths is None and layer is not None and "hybrid" in self.config.routing_strategies:
+            lengths = layer.prompt_before(real, context.generated_from)
         # In the adapter's own dtype, which PEFT keeps at float32.
         stream = output.to(self.norm.weight.dtype)
-        read, record = self.attention(self.norm(stream), self.open_bank(context), real, layer, starts)
+        read, record = self.attention(self.norm(stream), self.open_bank(context), real, layer, starts, lengths)
         self.note_routing(record)
         if self.mlp is None:
             return read

@@ -25,7 +25,9 @@ class ForwardContext:
         memory: The cache of this pass, if it is a memory cache.
         ids: [B, T] its token ids, where they were given.
         logits_to_keep: How many of the last tokens are asked for their logits, where that was said.
-        generated_from: The first column of this pass that `generate()` produced, T where there is none.
+        prompt_lengths: [B] how many real tokens of every row are its prompt, where that was said.
+        generated_from: The first column of this pass that `generate()` produced, T where there is none. A single token
+            counts as such with a cache that is no memory cache, also where it is the first.
         given: The decoder's arguments by name.
         cache: The cache of this pass, whatever it is.
         past: How many columns attention sees before this pass: the context, and memory's own in front of it.
@@ -39,6 +41,7 @@ class ForwardContext:
     memory: MemoryCache | None = None
     ids: Tensor | None = None
     logits_to_keep: Any = None
+    prompt_lengths: Tensor | None = None
     generated_from: int = 0
     past: Any = 0
     given: dict[str, Any] = field(default_factory=dict)
@@ -52,48 +55,47 @@ class ForwardContext:
     def clear(self) -> None:
         self.memory, self.ids, self.found, self.streams, self.cache = None, None, None, None, None
         self.given, self.waiting, self.shared = {}, {}, {}
-        self.logits_to_keep, self.generated_from = None, 0
+        self.logits_to_keep, self.prompt_lengths, self.generated_from = None, None, 0
 
     def begin(self, given: dict[str, Any]) -> None:
         """Note what a pass was given; with a memory cache, refuse what it could not take in."""
-        logits_to_keep = self.logits_to_keep
+        said = self.logits_to_keep, self.prompt_lengths
         self.clear()
-        self.given, self.ids, self.logits_to_keep = given, given.get("input_ids"), logits_to_keep
+        self.given, self.ids, (self.logits_to_keep, self.prompt_lengths) = given, given.get("input_ids"), said
         cache = next((value for value in given.values() if isinstance(value, Cache)), None)
         self.cache = cache
         past = 0 if cache is None else cache.get_seq_length()
         self.past = past.clone() if isinstance(past, Tensor) else past  # a static cache counts on in place
         if isinstance(cache, MemoryCache) and cache.attention_memory is not None:
             self.past = cache.get_query_offset()  # masks were widened by then
+        batch, length = self.tokens.shape[:2]
+        self.generated_from = length if cache is None else length - self._generated(cache, length)
         if not isinstance(cache, MemoryCache):
             return
-        batch, length = self.tokens.shape[:2]
         for layer in cache.memory_layers:  # before attention has taken anything in
             layer.check_rows(batch)
         self.memory = cache
-        self.generated_from = length - self._generated(cache, length)
         _ = self.real
 
-    def _generated(self, cache: MemoryCache, length: int) -> int:
+    def _generated(self, cache: Cache, length: int) -> int:
         """How many of this pass's columns `generate()` produced: its last ones.
 
         A single token that continues a context is what decoding feeds. Assisted decoding asks for the logits of its
-        candidates and of the token before them, which is the prompt's last one in the first pass only.
+        candidates and of the token before them, which is the prompt's last one in the first pass only; whether it is
+        that which asks only a memory cache knows.
         """
-        goes_on = cache.get_seq_length() > 0
-        asked = self.logits_to_keep if cache.is_recording and isinstance(self.logits_to_keep, int) else 1
+        has_memory = isinstance(cache, MemoryCache)
+        if length == 1 and not has_memory:
+            return 1  # a static cache's length is a tensor, for which the device would have to be waited for
+        may_ask = cache.is_recording if isinstance(cache, MemoryCache) else True
+        asked = self.logits_to_keep if may_ask and isinstance(self.logits_to_keep, int) else 1
         asked = 1 if length == 1 else max(asked, 1)
-        if asked > ROLLBACK_TOKENS + 1:
+        if asked > ROLLBACK_TOKENS + 1 and has_memory:
             raise ValueError(
                 f"{asked - 1} candidates were proposed at once, but memory can take back {ROLLBACK_TOKENS} tokens at "
                 "most. Set prompt_lookup_num_tokens, or the assistant's num_assistant_tokens, to no more"
             )
-        return length if goes_on and asked == length else min(asked - 1, length)
-
-    @property
-    def is_generated(self) -> bool:
-        """Whether `generate()` produced all tokens of this pass, which a memory cache tells."""
-        return self.memory is not None and self.generated_from == 0
+        return length if asked == length and cache.get_seq_length() > 0 else min(asked - 1, length)
 
     @property
     def tokens(self) -> Tensor:
@@ -116,7 +118,7 @@ class ForwardContext:
             mask, positions = given.get("attention_mask"), given.get("position_ids")
             real, all_real = real_tokens(self.tokens, mask, positions, given, self.past)
             if self.memory is not None and self.ids is not None:
-                real = real & ~self.after_end.among(self.ids, self.memory.recent_ids)
+                real = real & ~self.after_end.among(self.ids, self.memory.recent_decoded)
                 all_real = all_real and self.ids.shape[1] == 1
             self.found = real, all_real
         return self.found

@@ -14,10 +14,11 @@ from .context import ForwardContext
 from .layer import MemoryAdapterLayer
 
 
-def model_pre_hook(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Note for whose logits the model is asked, of which its decoder is not told."""
+def model_pre_hook(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Note for whose logits the model is asked, of which its decoder is not told, and what it knows nothing of."""
     context: ForwardContext = find_decoder(model).memory_context  # type: ignore[assignment]
-    context.logits_to_keep = kwargs.get("logits_to_keep")
+    context.logits_to_keep, context.prompt_lengths = kwargs.get("logits_to_keep"), kwargs.get("prompt_lengths")
+    return args, {name: value for name, value in kwargs.items() if name != "prompt_lengths"}
 
 
 def decoder_pre_hook(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -78,14 +78,12 @@ class MemoryTuner(BaseTuner):
             context = ForwardContext(num_heads=config.num_attention_heads, model=self.model)
             decoder.memory_context = context
             decoder.memory_handles = [
+                self.model.register_forward_pre_hook(model_pre_hook, with_kwargs=True),
                 decoder.register_forward_pre_hook(decoder_pre_hook, with_kwargs=True),
                 decoder.register_forward_hook(decoder_hook, with_kwargs=True, always_call=True),
             ]
             if decoder is not self.model:
-                decoder.memory_handles += [
-                    self.model.register_forward_pre_hook(model_pre_hook, with_kwargs=True),
-                    self.model.register_forward_hook(model_hook, with_kwargs=True),
-                ]
+                decoder.memory_handles.append(self.model.register_forward_hook(model_hook, with_kwargs=True))
         return context
 
     def delete_adapter(self, adapter_name: str) -> None:

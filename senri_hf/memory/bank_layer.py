@@ -86,13 +86,18 @@ class BankLayer(MemoryLayer):
             )
         return self.open.now
 
-    def end_prompt(self) -> None:
-        """From here on tokens are no longer the prompt's, where nothing else was said before."""
+    def prompt_before(self, real: Tensor, column: int) -> Tensor | None:
+        """How many tokens of each row are the prompt, [B], where that ends before a column of the pass `real` [B, T].
+
+        -1 for rows of which nothing was read before it: it begins with the prompt. None when it is all prompt.
+        """
+        if column == real.shape[1]:
+            return None
+        count = real.new_zeros(real.shape[0], dtype=torch.long)
         if self.open is not None:
-            ended = self.open.now.count
-            self.open = replace(
-                self.open, now=self.open.now.with_prompt(ended), older=self.open.older.with_prompt(ended)
-            )
+            count = count + self.open.now.count.to(real.device)
+        count = count + real[:, :column].sum(1)
+        return torch.where(count > 0, count, -1)
 
     def append(self, x: Tensor, real: Tensor) -> None:
         """Take in the next columns x [B, T, D], of which `real` [B, T] are no padding."""
@@ -178,8 +183,12 @@ class BankLayer(MemoryLayer):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the routing state; the bank itself is weights of the model."""
-        held = 0 if self.open is None else self.open.now.nbytes
+        """Bytes of the routing state now and of the older one; the bank itself is weights of the model.
+
+        The last tokens that may be taken back are working space on top, `2 * ROLLBACK_TOKENS` columns and those of one
+        pass at most.
+        """
+        held = 0 if self.open is None else self.open.now.nbytes + self.open.older.nbytes
         return held + (0 if self.seen is None else self.seen.numel() * self.seen.element_size())
 
     @property

@@ -60,6 +60,7 @@ class MemoryCache(AssociativeOperations, DynamicCache):
         # The context's last tokens: ids, and where surprise needs them the model's last hidden states and which of
         # them are real.
         self.recent_ids: Tensor | None = None  # [B, R]
+        self.recent_decoded: Tensor | None = None  # [B, R] those of them that were fed alone, -1 for the others
         self.recent_hidden: Tensor | None = None  # [B, R, D]
         self.recent_real: Tensor | None = None  # [B, R]
         for layer in memory_layers:
@@ -246,7 +247,12 @@ class MemoryCache(AssociativeOperations, DynamicCache):
 
     def note_tokens(self, ids: Tensor | None) -> None:
         """Remember the last tokens of the context, ids [B, T]."""
-        self.recent_ids = keep_last(self.recent_ids, ids) if ids is not None else None
+        if ids is None:
+            self.recent_ids, self.recent_decoded = None, None
+            return
+        self.recent_ids = keep_last(self.recent_ids, ids)
+        alone = ids if ids.shape[1] == 1 else torch.full_like(ids, -1)
+        self.recent_decoded = keep_last(self.recent_decoded, alone)
 
     def note_hidden(self, hidden: Tensor, real: Tensor) -> None:
         """Remember the model's last hidden states [B, T, D] of the context's last tokens, and which were real."""
@@ -254,7 +260,7 @@ class MemoryCache(AssociativeOperations, DynamicCache):
         self.recent_real = keep_last(self.recent_real, real)
 
     def _clear_recent(self) -> None:
-        self.recent_ids, self.recent_hidden, self.recent_real = None, None, None
+        self.recent_ids, self.recent_decoded, self.recent_hidden, self.recent_real = None, None, None, None
         self.is_recording = False
 
     # Copies.
@@ -349,7 +355,7 @@ class MemoryCache(AssociativeOperations, DynamicCache):
         self._map_recent(lambda tensor: tensor[beam_idx.to(tensor.device)])
 
     def _map_recent(self, function: Callable[[Tensor], Tensor]) -> None:
-        for name in ("recent_ids", "recent_hidden", "recent_real"):
+        for name in ("recent_ids", "recent_decoded", "recent_hidden", "recent_real"):
             held = getattr(self, name)
             setattr(self, name, None if held is None else function(held))
 

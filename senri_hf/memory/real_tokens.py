@@ -71,7 +71,7 @@ def document_starts(tokens: Tensor, mask: Any, position_ids: Tensor | None, give
 def packed() -> ValueError:
     return ValueError(
         "Several documents are packed into one row, but a memory belongs to a row: they would share it. Pass one "
-        "document per row, with padding"
+        "document per row, with padding; or, where nothing is to be carried on, use_cache=False and no cache"
     )
 
 
@@ -82,8 +82,8 @@ class AfterEnd:
     An end that only `generate()` was told of is not known here: then give it a `pad_token_id` too.
 
     Attributes:
-        fillers: What ends a row or pads it. After one of them, the next is padding: without a padding token of its own
-            a model is fed ends.
+        fillers: What ends a row or pads it. After one of them that was decoded, the next is padding: without a padding
+            token of its own a model is fed ends. Ends that follow one another in a text that is read are text.
         pads: Those that are nothing but padding, whatever they follow.
     """
 
@@ -97,11 +97,16 @@ class AfterEnd:
         return cls((*end, *pad), tuple(token for token in pad if token not in (*begin, *end)))
 
     def among(self, ids: Tensor, recent: Tensor | None) -> Tensor:
-        """Where in ids [B, T] such padding is, [B, T]; `recent` [B, R] are the ids before them."""
+        """Where in ids [B, T] such padding is, [B, T].
+
+        Args:
+            recent: [B, R] the ids before them, -1 for those that were no decoding's: of a text that was read at once.
+        """
         fills = is_any(ids, self.fillers)
         before = fills.new_zeros(ids.shape[0], 1) if recent is None else is_any(recent[:, -1:], self.fillers)
         before = torch.nn.functional.pad(before, (1 - before.shape[1], 0))
-        return (fills & torch.cat([before, fills[:, :-1]], dim=1)) | is_any(ids, self.pads)
+        goes_on = torch.cat([before, fills], dim=1).long().cumprod(1)[:, 1:].bool()
+        return goes_on | is_any(ids, self.pads)
 
 
 def special_ids(kind: str, *configs: Any) -> tuple[int, ...]:

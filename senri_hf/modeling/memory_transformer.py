@@ -322,7 +322,7 @@ class MemoryTransformerModel(MemoryTransformerPreTrainedModel):
             for layer in cache.memory_layers:  # before attention has taken anything in
                 layer.check_rows(inputs_embeds.shape[0])
             if input_ids is not None:
-                real = real & ~AfterEnd.of(self.config).among(input_ids, cache.recent_ids)
+                real = real & ~AfterEnd.of(self.config).among(input_ids, cache.recent_decoded)
         return MemoryPass(real, None, prompt_lengths)
 
     def memory_layer(self, index: int, cache: Cache | None) -> BankLayer | None:

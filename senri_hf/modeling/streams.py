@@ -45,7 +45,7 @@ def find_layout(
     real, is_whole = real_tokens(tokens, attention_mask, positions, given, past)
     after_end = AfterEnd.of(config)
     if isinstance(cache, MemoryCache) and tokens.dim() == 2 and after_end.fillers:
-        return Layout.of(real & ~after_end.among(tokens, cache.recent_ids))
+        return Layout.of(real & ~after_end.among(tokens, cache.recent_decoded))
     return Layout(None, real, real) if is_whole else Layout.of(real)
 
 

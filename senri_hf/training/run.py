@@ -278,9 +278,8 @@ def encoded(run: Run, split: str) -> list[dict[str, list[int]]]:
 def collator(run: Run) -> RowCollator:
     """What makes batches of the rows."""
     pad: Any = run.tokenizer.pad_token_id
-    new_model = run.config.model.base_model_name is None
     hybrid = run.config.memory.has_memory and "hybrid" in run.config.memory.routing_strategies
-    return RowCollator(pad, with_prompt_lengths=new_model and hybrid)
+    return RowCollator(pad, with_prompt_lengths=hybrid)
 
 
 def arguments(config: RunConfig) -> MemoryTrainingArguments:

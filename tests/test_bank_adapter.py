@@ -257,6 +257,8 @@ def test_a_wrong_setting_is_named() -> None:
     for settings, message in (
         ({"memory_block_variant": "C"}, "memory_block_variant='C'"),
         ({"num_memory_token": 3}, "did you mean 'num_memory_tokens'"),
+        ({"normalize_router_weights": "maybe"}, "normalize_router_weights='maybe' .* must be true, false or null"),
+        ({"memory_layer_placement": "every_n"}, "did you mean 'layers_to_transform'"),
         ({"store_slots": 3}, "mechanism='bank' has no setting 'store_slots'"),
     ):
         with pytest.raises(ValueError, match=message):

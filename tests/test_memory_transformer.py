@@ -10,7 +10,7 @@ import pytest
 import torch
 from models import assert_close, held_storage, tokens
 from torch import Tensor
-from transformers import DynamicCache, Trainer, TrainingArguments
+from transformers import AutoConfig, DynamicCache, Trainer, TrainingArguments
 
 from senri_hf import MemoryCache
 from senri_hf.configuration.bank import CAUSAL_STRATEGIES
@@ -341,6 +341,23 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"memory_layer_n": 0}, "memory_layer_n=0"),
     ({"dropout": 2.0}, "dropout=2.0"),
     ({"num_memory_token": 7}, "did you mean 'num_memory_tokens'"),
+    *(
+        ({name: 4}, f"{name} is no setting of MemoryTransformerConfig; did you mean .*{meant}")
+        for name, meant in (
+            ("hidden_dim", "'hidden_size'"),
+            ("num_heads", "'num_attention_heads'"),
+            ("num_layers", "'num_hidden_layers'"),
+            ("intermediate_dim", "'intermediate_size'"),
+            ("max_seq_len", "'max_position_embeddings'"),
+            ("norm_eps", "'rms_norm_eps'"),
+            ("memory_size", "'num_memory_tokens'"),
+            ("num_memory", "'num_memory_tokens'"),
+            ("top_k", "'top_k_chapters'"),
+            ("use_memory_adapter", "'vanilla_mode'"),
+            ("use_lora", "LoraConfig"),
+        )
+    ),
+    ({"something_else": 4}, "something_else is no setting of MemoryTransformerConfig$"),
     ({"num_memory_tokens": 0}, "num_memory_tokens=0"),
     ({"num_memory_tokens": "many"}, "^Field .num_memory_tokens. expected int, got str"),
 ]
@@ -350,6 +367,22 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 def test_a_wrong_setting_is_named(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MemoryTransformerConfig(**{**SMALL, **settings})
+
+
+def test_what_transformers_reads_or_others_wrote_is_no_wrong_setting(tmp_path: Path) -> None:
+    """Names of PreTrainedConfig may be given; a file may hold those of other libraries, but no wrong ones."""
+    config = MemoryTransformerConfig(
+        **SMALL, num_labels=3, torch_dtype="bfloat16", rope_theta=5.0, attn_implementation="eager", name_or_path="here"
+    )
+    config.other_library_version = "1.0"
+    config.save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path, num_labels=4)
+    assert loaded.other_library_version == "1.0" and loaded.rope_parameters["rope_theta"] == 5.0
+    assert (config.num_labels, loaded.num_labels, loaded.dtype) == (3, 4, torch.bfloat16)
+    path = tmp_path / "config.json"
+    path.write_text(path.read_text().replace('"num_memory_tokens"', '"num_memory_token"'))
+    with pytest.raises(ValueError, match="did you mean 'num_memory_tokens'"):
+        AutoConfig.from_pretrained(tmp_path)
 
 
 def looking_ahead(**settings: Any) -> MemoryTransformerConfig:

@@ -58,6 +58,8 @@ class MemoryAdapterConfig(PeftConfig):
         for name in kwargs:
             if name not in names:
                 near = difflib.get_close_matches(name, names, n=1)
+                if name.startswith("memory_layer_"):  # as a memory transformer says which layers
+                    near = ["layers_to_transform"]
                 raise ValueError(
                     f"{name}={kwargs[name]!r} was given, but mechanism={mechanism!r} has no setting {name!r}"
                     + (f"; did you mean {near[0]!r}?" if near else f". It has {names}")

@@ -137,9 +137,12 @@ class BankConfig:
             ("memory_quant_bits", QUANTIZED_BITS),
         ):
             check_choice(name, getattr(self, name), allowed)
-        for name in (f.name for f in fields(BankConfig) if f.type is bool):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}={getattr(self, name)!r} was given, but {name} must be true or false")
+        for field_ in fields(BankConfig):
+            name, value = field_.name, getattr(self, field_.name)
+            if field_.type is bool and not isinstance(value, bool):
+                raise ValueError(f"{name}={value!r} was given, but {name} must be true or false")
+            if field_.type == bool | None and not isinstance(value, bool | None):
+                raise ValueError(f"{name}={value!r} was given, but {name} must be true, false or null")
         if self.use_low_rank_memory and self.low_rank_mode == "reduced_dim" and self.memory_dim is not None:
             raise ValueError(
                 f"memory_dim={self.memory_dim} was given with low_rank_mode='reduced_dim', whose rows are memory_rank="

@@ -15,6 +15,37 @@ from .errors import value_errors
 
 PLACEMENTS = ("all", "first_k", "last_k", "every_n", "custom")
 VARIANTS = ("A", "B")
+# Sizes as files of runs name them.
+SIZES = {
+    "hidden_dim": "hidden_size",
+    "num_heads": "num_attention_heads",
+    "num_layers": "num_hidden_layers",
+    "intermediate_dim": "intermediate_size",
+    "max_seq_len": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps",
+}
+# What else may be meant, and where it is.
+ELSEWHERE = {
+    **{name: f"{theirs!r}" for name, theirs in SIZES.items()},
+    "memory_size": "'num_memory_tokens'",
+    "num_memory": "'num_memory_tokens'",
+    "top_k": "'top_k_chapters'",
+    "use_memory_adapter": "'vanilla_mode' (its opposite)",
+    "use_flash_attention": "'attn_implementation'",
+    **dict.fromkeys(
+        ("use_lora", "lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "use_both_memory_and_lora"),
+        "PEFT's LoraConfig, which is added to a model",
+    ),
+    **dict.fromkeys(
+        ("tokenizer_name", "base_model_name", "freeze_base_model"),
+        "the section 'model' of a file for senri-hf train",
+    ),
+}
+# Names beside its fields that PreTrainedConfig reads itself, or that transformers writes into a config.json.
+ALSO_READ = (
+    "torch_dtype", "name_or_path", "attn_implementation", "experts_implementation", "output_attentions",
+    "per_layer_config", "rope_theta", "quantization_config", "auto_map", "transformers_weights",
+)  # fmt: skip
 
 
 @value_errors
@@ -90,10 +121,9 @@ class MemoryTransformerConfig(BankConfig, PreTrainedConfig):
     use_rms_norm: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
-        names = [f.name for f in fields(self)]
-        for name in kwargs:  # transformers takes any name; one that is nearly right is a mistake
-            if near := difflib.get_close_matches(name, names, 1, cutoff=0.85):
-                raise ValueError(f"{name} is no setting of {type(self).__name__}; did you mean {near[0]!r}?")
+        for name in kwargs:  # transformers takes any name
+            if not self._reads(name):
+                raise ValueError(f"{name} is no setting of {type(self).__name__}{self._meant(name)}")
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.num_key_value_heads is None:
@@ -105,6 +135,31 @@ class MemoryTransformerConfig(BankConfig, PreTrainedConfig):
                 "the future included. It serves encoders and classification; a causal language model refuses it",
                 stacklevel=2,
             )
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers; what other libraries wrote into a config.json under names of their own stays in it."""
+        foreign = {name: value for name, value in config_dict.items() if not cls._reads(name) and not cls._meant(name)}
+        known = {name: value for name, value in config_dict.items() if name not in foreign}
+        parent: Any = super()
+        result = parent.from_dict(known, **kwargs)
+        config = result[0] if isinstance(result, tuple) else result
+        for name, value in foreign.items():
+            setattr(config, name, value)
+        return result
+
+    @classmethod
+    def _reads(cls, name: str) -> bool:
+        """Whether a name says something to this config or to transformers."""
+        return name in ALSO_READ or name.startswith("_") or hasattr(cls, name) or name in (f.name for f in fields(cls))
+
+    @classmethod
+    def _meant(cls, name: str) -> str:
+        """A hint at what an unknown name was meant to be; empty when it is like nothing."""
+        if name in ELSEWHERE:
+            return f"; did you mean {ELSEWHERE[name]}?"
+        near = difflib.get_close_matches(name, [f.name for f in fields(cls)], 1, cutoff=0.85)
+        return f"; did you mean {near[0]!r}?" if near else ""
 
     def validate_architecture(self) -> None:
         """Part of strict validation: heads divide the width."""

@@ -379,6 +379,19 @@ WRONG: list[tuple[list[str], str]] = [
     (["dropout=1.5"], "dropout=1.5"),
     (["lora_targets=[]"], "lora_targets is empty"),
     (["batch_size=0"], "batch_size=0"),
+    (["memori.num_chapters=3"], "memori is no section; did you mean 'memory'"),
+    (["wandb_run_name=@x"], "'wandb_run_name=@x' was given, but '@x' is no YAML"),
+    (["output_dir=[a"], "is no YAML"),
+    (["wandb_run_name=a: b: c"], "is no YAML"),
+    (["memory_layer_indices=[a]"], r"memory_layer_indices=\['a'\] .* must be list\[int\] or null"),
+    (["memory_layer_indices=[1.0]"], r"must be list\[int\] or null"),
+    (["memory_layer_indices=[true]"], r"must be list\[int\] or null"),
+    (["lora_targets=[1]"], r"must be list\[str\]"),
+    (["max_length=1"], "max_length=1 .* at least 2"),
+    (["optimizer=adamww"], "did you mean 'adamw'"),
+    (["scheduler=cosin"], "did you mean 'cosine'"),
+    (["rope_theta=-1"], "rope_theta=-1"),
+    (["norm_eps=-1"], "norm_eps=-1"),
 ]
 
 
@@ -484,7 +497,8 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(place: Path, tmp_pa
     (out / "checkpoint-18" / "trainer_state.json").write_text('{"global_step": 3')
     latest = runs.checkpoint_to_resume(out)
     assert latest.name != "checkpoint-18" and runs.checkpoint_to_resume(latest) == latest
-    command("train", "--config", path, "--resume", out)
+    odd = out.rename(tmp_path / "out #1")  # a comment sign to YAML
+    command("train", "--config", path, "--resume", odd)
     assert losses(out) == pytest.approx(losses(tmp_path / "whole"), abs=1e-6)
     for wrong in (tmp_path / "nowhere", place):
         with pytest.raises(OSError, match="was given, but"):
@@ -620,6 +634,10 @@ def test_a_run_says_how_it_is_to_be_started(place: Path, monkeypatch: pytest.Mon
         Seen(place, "base", "dataset_name=nowhere.jsonl").rows()
     with pytest.raises(ValueError, match=r"vocab_size=64 was given.*has 300"):
         Seen(place, "base", "vocab_size=64")
+    for wrong in ("use_rope=false", "rope_theta=5", "use_rms_norm=false", "max_seq_len=77"):
+        with pytest.raises(ValueError, match=f"{wrong.split('=')[0]}=.* was given, but base_model_name="):
+            Seen(place, "base", wrong)
+    assert Seen(place, "base", "use_rope=true", "use_rms_norm=true").model
     with pytest.raises(ValueError, match="gives no row"):
         Seen(place, "new", "dataset_split=train", f"dataset_name={place / 'short.jsonl'}").rows()
     with pytest.raises(ValueError, match="the tokenizer has 301 tokens"):

@@ -24,10 +24,9 @@ def run_train(arguments: argparse.Namespace) -> int:
     from ..configuration.run import RunConfig
     from ..training import run as runs
 
-    overrides = list(arguments.overrides)
+    config = RunConfig.load(arguments.config, arguments.overrides)
     if arguments.resume is not None:
-        overrides.append(f"resume_from_checkpoint={arguments.resume}")
-    config = RunConfig.load(arguments.config, overrides)
+        config.training.resume_from_checkpoint = arguments.resume
     resumed = config.training.resume_from_checkpoint
     checkpoint = None if resumed is None else str(runs.checkpoint_to_resume(Path(resumed)))
     run = runs.prepare(config)

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any, Self
 
 import yaml
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
 
 from .bank import BankConfig, check_choice, check_whole
-from .memory_transformer import PLACEMENTS, VARIANTS, resolve_placement
+from .memory_transformer import PLACEMENTS, SIZES, VARIANTS, resolve_placement
 
 
 TRAINING_MODES = ("instruction_finetuning", "pretraining")
@@ -19,15 +21,10 @@ DISTRIBUTED = ("ddp", "fsdp")
 SHARDING = ("FULL_SHARD", "SHARD_GRAD_OP")
 PRECISIONS = ("no", "bf16", "fp16")
 SAVED_PRECISIONS = ("fp32", "fp16", "bf16")
-# What a model that exists decides itself.
-ARCHITECTURE = {
-    "hidden_dim": "hidden_size",
-    "num_heads": "num_attention_heads",
-    "num_layers": "num_hidden_layers",
-    "intermediate_dim": "intermediate_size",
-    "vocab_size": "vocab_size",
-    "norm_eps": "rms_norm_eps",
-}
+# What a model that exists decides itself, and what its own config calls it.
+ARCHITECTURE = {**SIZES, "vocab_size": "vocab_size"}
+POSITIONS_AND_NORMS = ("use_rope", "rope_theta", "use_rms_norm")
+OPTIMIZERS = {"adamw": "adamw_torch"}
 
 
 @dataclass
@@ -136,6 +133,8 @@ class ModelSection:
             check_whole(name, getattr(self, name), 1)
         check_number("dropout", self.dropout, 0, 1)
         check_number("attention_dropout", self.attention_dropout, 0, 1)
+        check_number("norm_eps", self.norm_eps, 0, 1)
+        check_number("rope_theta", self.rope_theta, 1, float("inf"))
         if self.hidden_dim % self.num_heads:
             raise ValueError(f"num_heads={self.num_heads} was given, but it must divide hidden_dim={self.hidden_dim}")
 
@@ -214,15 +213,18 @@ class TrainingSection:
             ("distributed_strategy", DISTRIBUTED),
             ("fsdp_sharding_strategy", SHARDING),
             ("mixed_precision", PRECISIONS),
+            ("optimizer", (*OPTIMIZERS, *(name.value for name in OptimizerNames))),
+            ("scheduler", tuple(name.value for name in SchedulerType)),
         ):
             check_choice(name, getattr(self, name), allowed)
         if self.save_precision is not None:
             check_choice("save_precision", self.save_precision, SAVED_PRECISIONS)
         for name in (
-            "max_length", "num_gpus", "batch_size", "gradient_accumulation_steps", "max_steps", "save_steps",
+            "num_gpus", "batch_size", "gradient_accumulation_steps", "max_steps", "save_steps",
             "eval_steps", "save_total_limit", "early_stopping_patience", "logging_steps",
         ):  # fmt: skip
             check_whole(name, getattr(self, name), 1)
+        check_whole("max_length", self.max_length, 2)  # the first token of a row is never predicted
         check_whole("warmup_steps", self.warmup_steps, 0)
         for name in ("memory_lr", "lora_lr", "base_model_lr", "weight_decay", "max_grad_norm"):
             check_number(name, getattr(self, name), 0, float("inf"))
@@ -281,8 +283,15 @@ class RunConfig:
             key, equals, text = override.partition("=")
             if not equals:
                 raise ValueError(f"{override!r} was given, but a setting is changed by key=value")
-            section, _, key = key.rpartition(".")
-            sections[section or section_of(key)][key] = yaml.safe_load(text)
+            section, dot, key = key.rpartition(".")
+            if dot and section not in SECTIONS:
+                raise unknown(section, list(SECTIONS), "section")
+            try:
+                sections[section or section_of(key)][key] = yaml.safe_load(text)
+            except yaml.YAMLError as error:
+                raise ValueError(
+                    f"{override!r} was given, but {text!r} is no YAML; quote it, as in {key}=\"'…'\""
+                ) from error
         config = cls(**{name: read_section(SECTIONS[name], values) for name, values in sections.items()})  # type: ignore[arg-type]
         config.given = {key for values in sections.values() for key in values}
         config.check()
@@ -305,7 +314,7 @@ class RunConfig:
         """All settings as they are in force, as YAML that `load` reads; a base model's sizes are its own."""
         sections = {name: dataclasses.asdict(getattr(self, name)) for name in SECTIONS}
         if self.model.base_model_name is not None:
-            for name in (*ARCHITECTURE, "attention_dropout"):
+            for name in (*ARCHITECTURE, *POSITIONS_AND_NORMS, "attention_dropout"):
                 if name not in self.given:
                     del sections["model"][name]
         return yaml.safe_dump(sections, sort_keys=False)
@@ -355,9 +364,14 @@ def converted(name: str, value: Any, wanted: Any) -> Any:
                 continue
         if origin is int and isinstance(value, bool):
             continue
+        if origin is list and isinstance(value, list) and not all(type(v) in typing.get_args(option) for v in value):
+            continue
         if isinstance(value, origin):
             return value
-    expected = " or ".join("null" if option is type(None) else option.__name__ for option in options)
+    expected = " or ".join(
+        "null" if option is type(None) else str(option) if typing.get_args(option) else option.__name__
+        for option in options
+    )
     raise ValueError(f"{name}={value!r} was given, but {name} must be {expected}")
 
 

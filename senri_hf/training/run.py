@@ -18,7 +18,7 @@ from ..adapters.bank import BankAdapterConfig
 from ..bases import KNOWN_BASES, converted_folder, load_base
 from ..configuration import BankConfig
 from ..configuration.memory_transformer import MemoryTransformerConfig
-from ..configuration.run import ARCHITECTURE, RunConfig
+from ..configuration.run import ARCHITECTURE, OPTIMIZERS, RunConfig
 from ..files import write_text
 from .arguments import MemoryTrainingArguments
 from .data import RowCollator, encode_chats, load_rows, pack_texts
@@ -29,7 +29,6 @@ EFFECTIVE = "effective_config.yaml"
 FINAL = "final_model"
 BASE = "base"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-OPTIMIZERS = {"adamw": "adamw_torch"}
 
 
 @dataclass
@@ -94,12 +93,12 @@ def load_base_of(config: RunConfig) -> tuple[Any, PreTrainedTokenizerBase]:
     tokenizer: Any
     base, tokenizer = load_base(model.base_model_name, progress=False)
     sizes = base.config.get_text_config(decoder=True)
-    for ours, theirs in ARCHITECTURE.items():
-        real = getattr(sizes, theirs, None)
-        if ours in config.given and real is not None and getattr(model, ours) != real:
+    for name, real in own_architecture(sizes).items():
+        if name in config.given and getattr(model, name) != real:
             raise ValueError(
-                f"{ours}={getattr(model, ours)} was given, but base_model_name={model.base_model_name!r} has {real}; a "
-                "model that exists has its own sizes, leave it out"
+                f"{name}={getattr(model, name)} was given, but base_model_name={model.base_model_name!r} has "
+                f"{'no such setting' if real is None else real}; a model that exists has its own architecture, leave "
+                "it out"
             )
     longest = getattr(sizes, "max_position_embeddings", None)
     if longest is not None and section.max_length > longest:
@@ -114,6 +113,18 @@ def load_base_of(config: RunConfig) -> tuple[Any, PreTrainedTokenizerBase]:
     if model.tokenizer_name is not None:
         tokenizer = tokenizer_named(model.tokenizer_name)
     return attending(config, base), with_padding(tokenizer)
+
+
+def own_architecture(sizes: Any) -> dict[str, Any]:
+    """What the config of a model says of its sizes, positions and norms, under the names of a run's settings."""
+    rope = getattr(sizes, "rope_parameters", None) or {}
+    rope = rope.get("full_attention", rope)  # some have others for layers with a window
+    return {
+        **{ours: getattr(sizes, theirs, None) for ours, theirs in ARCHITECTURE.items()},
+        "use_rope": bool(rope),
+        "rope_theta": rope.get("rope_theta"),
+        "use_rms_norm": hasattr(sizes, "rms_norm_eps"),
+    }
 
 
 def attending(config: RunConfig, model: Any) -> Any:

@@ -238,6 +238,10 @@ def test_a_quantized_copy_is_saved_small_and_reads_the_same(tmp_path: Path) -> N
     assert torch.equal(table().all(), same().all())
     with pytest.raises(ValueError, match=r"quantize_memory.*memory_quant_bits"):
         build().quantize_memory(bits=3)
+    vanilla = build(vanilla_mode=True)
+    with pytest.raises(ValueError, match="has no bank"):
+        vanilla.quantize_memory(4)
+    assert not vanilla.config.quantized_storage
 
 
 def test_losses_of_routers_reach_the_loss() -> None:

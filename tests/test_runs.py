@@ -19,7 +19,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
-from transformers import EarlyStoppingCallback, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, EarlyStoppingCallback, PreTrainedTokenizerFast
 
 from senri_hf.commands.main import main
 from senri_hf.configuration.run import SECTIONS, RunConfig
@@ -28,7 +28,7 @@ from senri_hf.memory.bank_reader import BankAttention
 from senri_hf.training import RouterLossMixin
 from senri_hf.training import run as runs
 from senri_hf.training.data import pack_texts
-from senri_hf.training.language_model import trained_base_parameters
+from senri_hf.training.language_model import load_base_parameters, trained_base_parameters
 
 
 CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
@@ -467,6 +467,21 @@ def test_the_commands_work_together_on_a_new_model(
     command("eval", "--checkpoint", out / "final_model", "--out", tmp_path / "figures.json")
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures == json.loads(capsys.readouterr().out) and 1 < figures["perplexity"] < 300
+    evaluate = ["eval", "--checkpoint", out / "final_model"]
+    command(*evaluate, "--config", path)
+    assert json.loads(capsys.readouterr().out) == figures
+    command(*evaluate, "training.eval_split=train[:10%]")
+    assert json.loads(capsys.readouterr().out)["tokens"] != figures["tokens"]
+    for wrong, message in (
+        (["routing_strategy_inference=sequence"], "routing_strategy_inference is a setting of the section memory that"),
+        (["--config", path, "hidden_dim=64"], "hidden_dim is a setting of the section model that"),
+        (["max_steps=3"], "max_steps is a setting of the section training that"),
+        (["max_length=1"], "max_length=1"),
+        (["--config", config_file(place, "new", tmp_path / "x", "top_k_chapters=3")], "top_k_chapters=3 stands in"),
+        (["--tasks", "any", "max_length=8"], "leave --config and KEY=VALUE out"),
+    ):
+        assert main([str(argument) for argument in (*evaluate, *wrong)]) == 2
+        assert message in capsys.readouterr().err
     command("generate", "--checkpoint", out / "final_model", "--prompt", "the sea", "--max-new-tokens", 5)
     text = capsys.readouterr().out
     command("merge", "--checkpoint", out / "final_model", "--out", tmp_path / "small", "--quantize", 4)
@@ -507,17 +522,18 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(place: Path, tmp_pa
 
 @pytest.mark.parametrize(
     "kind",
-    ["memory", "LoRA", "both", "trained base"],
+    ["memory", "LoRA", "both", "trained base", "trained base alone"],
 )
 def test_the_commands_work_together_on_a_model_that_exists(
     kind: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Memory, LoRA, both, and with the base model trained too."""
+    """Memory, LoRA, both, with the base model trained too, and the base model alone."""
     changes = {
         "memory": [],
         "LoRA": ["use_lora=true", "use_memory_adapter=false"],
         "both": ["use_both_memory_and_lora=true"],
         "trained base": ["freeze_base_model=false", "base_model_lr=0.01"],
+        "trained base alone": ["freeze_base_model=false", "base_model_lr=0.05", "vanilla_mode=true"],
     }[kind]
     out = tmp_path / "out"
     path = config_file(place, "base", out, *changes, "memory_lr=0.05", "lora_lr=0.05", "lora_dropout=0.0")
@@ -532,9 +548,25 @@ def test_the_commands_work_together_on_a_model_that_exists(
     figures = json.loads(capsys.readouterr().out)
     assert figures["loss"] == pytest.approx(best, abs=0.02)
     command("generate", "--checkpoint", out / "final_model", "--prompt", "What is 3?", "--max-new-tokens", 5)
-    if kind in ("memory", "trained base"):
+    trained = runs.load_checkpoint(out / "final_model").model
+    if kind == "trained base alone":
+        saved = load_file(out / "final_model" / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
+        assert torch.equal(trained.model.layers[0].mlp.up_proj.weight, saved)
+    if kind in ("LoRA", "trained base alone"):
+        quantize = ["merge", "--checkpoint", str(out / "final_model"), "--out", str(tmp_path / "no"), "--quantize", "8"]
+        assert main(quantize) == 2
+        assert "has no bank" in capsys.readouterr().err
+    if kind in ("both", "trained base"):
+        with pytest.raises(OSError):
+            AutoModelForCausalLM.from_pretrained(out / "final_model")
+    if kind == "trained base":
+        with pytest.raises(ValueError, match="does not fit this model"):
+            load_base_parameters(tiny_model("llama", vocab_size=300), out / "final_model")
+    if kind in ("memory", "trained base", "trained base alone"):
         assert main(["merge", "--checkpoint", str(out / "final_model"), "--out", str(tmp_path / "no")]) == 2
         assert "nothing to do" in capsys.readouterr().err
+        if kind == "trained base alone":
+            return
         bits = ["--quantize", 8]
     else:
         bits = ["--quantize", 8] if kind == "both" else []
@@ -542,6 +574,12 @@ def test_the_commands_work_together_on_a_model_that_exists(
     capsys.readouterr()
     command("eval", "--checkpoint", tmp_path / "merged")
     assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(figures["loss"], abs=0.02)
+    if kind != "LoRA":  # whose merged copy is a base alone
+        ids = torch.randint(5, 290, (1, 12))
+        with torch.no_grad():
+            ours = runs.load_checkpoint(tmp_path / "merged").model(input_ids=ids).logits
+            theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(input_ids=ids).logits
+        torch.testing.assert_close(theirs, ours, atol=1e-4, rtol=1e-4)
     assert not list((tmp_path / "merged").rglob("*.bin")) and not (tmp_path / "merged" / "lora").exists()
 
 

@@ -25,6 +25,8 @@ def run_merge(arguments: argparse.Namespace) -> int:
     if out.exists():
         raise OSError(f"{out} exists already; name a new folder")
     run = runs.load_checkpoint(arguments.checkpoint)
+    if arguments.quantize is not None and not run.config.memory.has_memory:
+        raise ValueError(f"--quantize {arguments.quantize} was given, but {arguments.checkpoint} has no bank")
     merges = run.config.model.base_model_name is not None and run.config.memory.has_lora
     if not merges and arguments.quantize is None:
         raise ValueError(f"There is nothing to do: {arguments.checkpoint} has no LoRA, and --quantize was not given")
@@ -32,6 +34,7 @@ def run_merge(arguments: argparse.Namespace) -> int:
     scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
         write(run, arguments.quantize, merges, scratch)
+        runs.name_base(scratch, str((out / runs.BASE).absolute()))
         scratch.rename(out)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -185,14 +185,16 @@ class MemoryTransformerPreTrainedModel(PreTrainedModel):
             bits: `memory_quant_bits` of the config when None.
 
         Raises:
-            ValueError: for another number of bits, or where the banks are held so already.
+            ValueError: for another number of bits, or where there are no banks, or they are held so already.
         """
         bits = self.config.memory_quant_bits if bits is None else bits
         if bits not in QUANTIZED_BITS:
             raise ValueError(f"quantize_memory(bits={bits!r}): memory_quant_bits must be one of {QUANTIZED_BITS}")
-        for module in self.modules():
-            if isinstance(module, MemoryBank):
-                module.store_quantized(bits)
+        banks = [module for module in self.modules() if isinstance(module, MemoryBank)]
+        if not banks:
+            raise ValueError(f"{type(self).__name__} has no bank: vanilla_mode=True leaves memory out")
+        for bank in banks:
+            bank.store_quantized(bits)
         self.config.quantize_memory, self.config.memory_quant_bits, self.config.quantized_storage = True, bits, True
 
     def _init_weights(self, module: nn.Module) -> None:

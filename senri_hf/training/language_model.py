@@ -110,7 +110,19 @@ def trained_base_parameters(model: Any) -> dict[str, nn.Parameter]:
 
 
 def load_base_parameters(model: Any, folder: str | Path) -> None:
-    """Load what a run trained of its base model, where there is any."""
+    """Load what a run trained of its base model, where there is any.
+
+    Raises:
+        ValueError: where it is not this model's; the model is then as it was.
+    """
     path = Path(folder) / BASE_PARAMETERS
-    if path.is_file():
-        model.load_state_dict(load_file(path), strict=False)
+    if not path.is_file():
+        return
+    trained, own = load_file(path), model.state_dict()
+    wrong = [name for name, value in trained.items() if name not in own or own[name].shape != value.shape]
+    if wrong:
+        raise ValueError(
+            f"{path} does not fit this model, which has no parameters of the names and shapes of {wrong[:3]}; load it "
+            "into the base model and adapters that were trained"
+        )
+    model.load_state_dict(trained, strict=False)  # adapters and what was frozen are not in it

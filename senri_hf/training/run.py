@@ -19,10 +19,10 @@ from ..bases import KNOWN_BASES, converted_folder, load_base
 from ..configuration import BankConfig
 from ..configuration.memory_transformer import MemoryTransformerConfig
 from ..configuration.run import ARCHITECTURE, OPTIMIZERS, RunConfig
-from ..files import write_text
+from ..files import write_json, write_text
 from .arguments import MemoryTrainingArguments
 from .data import RowCollator, encode_chats, load_rows, pack_texts
-from .language_model import LanguageModelTrainer, load_base_parameters
+from .language_model import BASE_PARAMETERS, LanguageModelTrainer, load_base_parameters
 
 
 EFFECTIVE = "effective_config.yaml"
@@ -63,26 +63,38 @@ def load_checkpoint(checkpoint: str | Path, config: RunConfig | None = None) -> 
     if not folder.is_dir():
         raise OSError(f"There is no checkpoint {folder}: expected a folder that senri-hf train or merge wrote")
     if config is None:
-        places = [place / EFFECTIVE for place in (folder, folder.parent) if (place / EFFECTIVE).is_file()]
-        if not places:
+        settings = settings_file(folder)
+        if settings is None:
             raise OSError(f"{folder} has no {EFFECTIVE} in or above it; give the run's settings with --config")
-        config = RunConfig.load(places[0])
+        config = RunConfig.load(settings)
     has_tokenizer = (folder / "tokenizer_config.json").is_file()
     if config.model.base_model_name is None:
         model = AutoModelForCausalLM.from_pretrained(folder)
         tokenizer: Any = AutoTokenizer.from_pretrained(folder if has_tokenizer else folder.parent / FINAL)
         return Run(config, attending(config, model).eval(), tokenizer)
+    is_adapter = (folder / "adapter_config.json").is_file()
     if (folder / BASE).is_dir():  # a base that LoRA was merged into
         config.model = replace(config.model, base_model_name=str(folder / BASE))
+    elif not is_adapter and (folder / "config.json").is_file():  # a base that was trained, and nothing added to it
+        config.model = replace(config.model, base_model_name=str(folder))
+    elif not is_adapter:
+        raise OSError(f"{folder} holds neither an adapter nor a model: expected what senri-hf train or merge wrote")
     base, tokenizer = load_base_of(config)
     if has_tokenizer:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    if (folder / "adapter_config.json").is_file():
+    if is_adapter:
         base = PeftModel.from_pretrained(base, str(folder))
         if config.memory.has_memory and (folder / "lora").is_dir():
             load_lora(base, folder / "lora")
         load_base_parameters(base, folder)
     return Run(config, base.eval(), tokenizer)
+
+
+def settings_file(checkpoint: str | Path) -> Path | None:
+    """The settings of the run that wrote a checkpoint, in its folder or the one above; None where there are none."""
+    folder = Path(checkpoint)
+    places = (place / EFFECTIVE for place in (folder, folder.parent))
+    return next((place for place in places if place.is_file()), None)
 
 
 def load_base_of(config: RunConfig) -> tuple[Any, PreTrainedTokenizerBase]:
@@ -426,9 +438,19 @@ def save(run: Run, trainer: LanguageModelTrainer) -> Path:
     trainer.save_model(str(scratch))
     if trainer.args.should_save:
         write_effective(run.config, scratch)
+        if (scratch / "lora").is_dir() or (scratch / BASE_PARAMETERS).is_file():
+            # By its name the base model would be loaded with the memory alone: not at all is better.
+            name_base(scratch, None)
         shutil.rmtree(folder, ignore_errors=True)
         scratch.rename(folder)
     return folder
+
+
+def name_base(folder: Path, base: str | None) -> None:
+    """Let the adapter in a folder name the base that it belongs to, by which Auto classes load it; None for none."""
+    path = folder / "adapter_config.json"
+    if path.is_file():
+        write_json(path, json.loads(path.read_text(encoding="utf-8")) | {"base_model_name_or_path": base})
 
 
 def write_effective(config: RunConfig, folder: Path) -> None:

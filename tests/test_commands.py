@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from chatting import chat_model, word_tokenizer
-from models import remembering
+from models import remembering, tiny_model
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -237,6 +237,17 @@ def test_memory_show(saved: Path, folders: list[str], capsys: Output) -> None:
     with safe_open(saved / "memory.safetensors", framework="pt") as reader:
         size = sum(reader.get_tensor(name).nbytes for name in reader.keys())  # noqa: SIM118
     assert f"{size:,}" in shown
+
+
+def test_memory_show_of_memory_without_training(tmp_path: Path, capsys: Output) -> None:
+    remembering(tiny_model("llama"), rows=2).save_pretrained(tmp_path / "plain")
+    assert main(["memory", "show", str(tmp_path / "plain")]) == 0
+    (line,) = re.findall("layer .*", capsys.readouterr().out)
+    assert re.fullmatch(
+        r"layer 0 \(attention, attention_memory\): \d+ of 48 slots, mean surprise [\d.]+ nats, "
+        r"conversations per row: \[2, 2\]",
+        line,
+    )
 
 
 def test_memory_show_tells_the_parent(talk: Talk, saved: Path, tmp_path: Path, capsys: Output) -> None:

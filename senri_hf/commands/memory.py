@@ -49,15 +49,28 @@ def describe(name_or_path: str | Path) -> str:
         f"format       {description['format_version']}",
         f"layers       {len(description['layers'])}",
     ]
+    settings = file.attention_settings(description)
     for adapter, index, kind in description["layers"]:
         prefix = f"{adapter}.{index}."
         held = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-        lines.append(f"  layer {index} ({adapter}, {kind}): {fullness(held) if held else 'empty'}")
+        slots = settings.slots if settings is not None and kind == "attention_memory" else None
+        lines.append(f"  layer {index} ({adapter}, {kind}): {fullness(held, slots) if held else 'empty'}")
     return "\n".join(lines)
 
 
-def fullness(held: dict[str, Any]) -> str:
-    """How full one layer's memory is, over all rows; the names of its tensors for a mechanism not known here."""
+def fullness(held: dict[str, Any], slots: int | None = None) -> str:
+    """How full one layer's memory is, over all rows; the names of its tensors for a mechanism not known here.
+
+    Args:
+        slots: Those of a memory without training, per row.
+    """
+    if slots is not None:
+        live, conversations = held["live"], held["conversations"].tolist()
+        surprise = held["surprise"][live].mean().item() if live.any() else 0.0
+        return (
+            f"{int(live.sum())} of {slots * live.shape[0]} slots, mean surprise {surprise:.3g} nats, conversations per "
+            f"row: {conversations}"
+        )
     if not {"buffer_tag", "strength", "tag", "surprise"} <= held.keys():
         return ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in sorted(held.items()))
     from ..memory.episodic import EMPTY

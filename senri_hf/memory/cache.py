@@ -3,6 +3,7 @@
 import contextlib
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
@@ -512,7 +513,8 @@ class MemoryCache(AssociativeOperations, DynamicCache):
             raise ValueError(
                 f"{pretrained_model_name_or_path} holds single slots, no whole memory: use memory.import_slots on one"
             )
-        memory = cls.for_model(model, tokenizer=tokenizer, **description.get("attention_memory", {}))
+        settings = file.attention_settings(description)
+        memory = cls.for_model(model, tokenizer=tokenizer, **({} if settings is None else asdict(settings)))
         file.check_fits(description, memory.description())
         memory.load_state_dict(tensors)
         memory.parent = description["memory"]

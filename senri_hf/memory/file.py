@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..configuration.attention_memory import AttentionMemoryConfig
 from .fingerprint import difference
 
 
@@ -104,6 +105,18 @@ def load(name_or_path: str | Path, **hub_kwargs: Any) -> tuple[dict[str, Tensor]
     if description.get("checksum") != checksum(tensors, description):
         raise damaged
     return tensors, description
+
+
+def attention_settings(description: dict[str, Any]) -> AttentionMemoryConfig | None:
+    """The settings of a file's memory without training, None where it has none; ValueError where they are none."""
+    settings = description.get("attention_memory")
+    if settings is None and "attention_memory" not in description:
+        return None
+    if not isinstance(settings, dict):
+        raise ValueError(
+            f"The file is damaged: its attention_memory is {settings!r}, which are no settings. Use an earlier copy"
+        )
+    return AttentionMemoryConfig.of(settings)
 
 
 def locate(name_or_path: str | Path, **hub_kwargs: Any) -> Path:
@@ -218,6 +231,12 @@ def card(description: dict[str, Any]) -> str:
         torch.empty(0, dtype=getattr(torch, dtype)).element_size() * int(torch.Size(shape).numel())
         for dtype, *shape in description["shapes"].values()
     )
+    adapters = {adapter for adapter, _, _ in description["layers"]} - {"attention", "model"}
+    settings = description.get("attention_memory")
+    kept = "" if settings is None else f"| kept without training | {settings['slots']} slots, {settings['policy']} |\n"
+    imports = "\nfrom peft import PeftModel" if adapters else ""
+    loading = '\nmodel = PeftModel.from_pretrained(model, "the adapter that it was made with")' if adapters else ""
+    who = f"`{name}` model{' with a memory adapter' if adapters else ''}"
     return f"""---
 library_name: senri_hf
 tags: [memory, senri_hf]
@@ -225,14 +244,14 @@ tags: [memory, senri_hf]
 
 # A memory
 
-What a `{name}` model with a memory adapter remembers, as data: no weights of the model are in it.
+What a {who} remembers, as data: no weights of the model are in it.
 
 | | |
 |---|---|
 | model | `{name}`, {model["num_hidden_layers"]} layers of {model["hidden_size"]} |
 {fingerprints}
 | memory layers, and whose they are | {layers} |
-| rows | {len(description["tokens_seen"])} |
+{kept}| rows | {len(description["tokens_seen"])} |
 | tokens seen, per row | {description["tokens_seen"]} |
 | bytes | {size:,} |
 | format version | {description["format_version"]} |
@@ -241,11 +260,9 @@ What a `{name}` model with a memory adapter remembers, as data: no weights of th
 A memory can hold what people said. Treat it like the conversations it comes from.
 
 ```python
-import senri_hf
-from peft import PeftModel
+import senri_hf{imports}
 
-model, tokenizer = senri_hf.load_base("{name}")
-model = PeftModel.from_pretrained(model, "the adapter that it was made with")
+model, tokenizer = senri_hf.load_base("{name}"){loading}
 memory = senri_hf.MemoryCache.from_pretrained("this folder", model=model)
 model.generate(**inputs, past_key_values=memory)
 ```

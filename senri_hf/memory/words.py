@@ -9,6 +9,10 @@ from transformers import PreTrainedTokenizerBase
 from .attention_memory import Slots
 
 
+# Characters from which on a part of a word is taken for it.
+LEAST = 3
+
+
 @dataclass(frozen=True)
 class Remembered:
     """Tokens that stood side by side in a conversation and were kept.
@@ -51,20 +55,34 @@ def remembered(slots: Slots, tokenizer: PreTrainedTokenizerBase, row: int = 0) -
 
 
 def slots_that_say(slots: Slots, tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
-    """[B, M] the slots of the tokens that say `text`, in any case."""
+    """[B, M] the slots of the tokens that say `text`, in any case.
+
+    Also where only its beginning was kept, at the end of what stands together, or its end, at the beginning.
+    """
     found = torch.zeros_like(slots.live)
-    wanted = text.casefold()
+    wanted = text.casefold().strip()
     for row in range(slots.batch_size):
         token = slots.token[row].tolist()
         for run in runs(slots, row):
-            ends = [len(str(tokenizer.decode([token[i] for i in run[: n + 1]])).casefold()) for n in range(len(run))]
-            whole = str(tokenizer.decode([token[i] for i in run])).casefold()
-            start = whole.find(wanted)
-            while start >= 0:
-                stop = start + len(wanted)
+            upto = [str(tokenizer.decode([token[i] for i in run[:n]])).casefold() for n in range(len(run) + 1)]
+            for start, stop in places(upto[-1], wanted):
                 for place, index in enumerate(run):
-                    begins = ends[place - 1] if place else 0
-                    if begins < stop and ends[place] > start:
+                    # A character of which some bytes are still to come is not said yet.
+                    if len(upto[place].rstrip("\ufffd")) < stop and len(upto[place + 1]) > start:
                         found[row, index] = True
-                start = whole.find(wanted, start + 1)
+    return found
+
+
+def places(said: str, wanted: str) -> list[tuple[int, int]]:
+    """Where `wanted` is said, from and to; and where it begins at the end of `said`, or ends at its beginning.
+
+    A part has at least LEAST characters, or half of a short word, and stands apart from other words.
+    """
+    found = [(start, start + len(wanted)) for start in range(len(said)) if said.startswith(wanted, start)]
+    for size in range(min(LEAST, (len(wanted) + 1) // 2), min(len(wanted), len(said) + 1)):
+        begins, ends = len(said) - size, size
+        if said.endswith(wanted[:size]) and not said[:begins][-1:].isalnum():
+            found.append((begins, len(said)))
+        if said.startswith(wanted[-size:]) and not said[ends : ends + 1].isalnum():
+            found.append((0, ends))
     return found

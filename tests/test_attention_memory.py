@@ -530,6 +530,8 @@ def test_every_setting_does_what_it_says(name: str) -> None:
         ({"keep_share": 0}, "keep_share=0"),
         ({"keep_share": 1.5}, "keep_share=1.5"),
         ({"sharpness": 0.0}, "sharpness=0"),
+        ({"sharpness": float("inf")}, "sharpness=inf"),
+        ({"read_gain": float("inf")}, "read_gain=inf"),
         ({"decay_rate": float("nan")}, "decay_rate=nan"),
         ({"span": True}, "span=True"),
         ({"sinks": 30, "slots": 30}, "sinks=30.*no room"),

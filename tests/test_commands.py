@@ -143,6 +143,28 @@ def test_decay_lets_conversations_pass(talk: Talk) -> None:
         assert "whole number" in talk(f"/decay {wrong}")[2]
 
 
+def test_chat_remembers_without_training(talk: Talk, tmp_path: Path) -> None:
+    """With no adapter: told what is remembered, and when; saved and gone on with."""
+    lines = (
+        "hello my name is Alice",
+        "/memory",
+        "/clear",
+        "/memory",
+        f"/save {tmp_path / 'plain'}",
+        "/facts",
+        "/decay 2",
+    )
+    code, out, err = talk(*lines, options=("--adapter", "none"))
+    assert code == 0 and "remembers without training" in err and "/facts: it takes on or off (now on)" in err
+    before, after = out.split("bytes in")[1:]
+    assert "nothing" in before and "is taken in when it ends" in before
+    assert re.search(r"'[^']*\w[^']*' [\d.]+ \(1 ago\)", after) and "when it ends" not in after
+    said = re.findall(r"'([^']*)' [\d.]+ \(1 ago\)", after)
+    assert all(re.sub(r"<\w+>|\\n| ", "", text) for text in said)
+    _, out, err = talk("hello", options=("--adapter", "none", "--memory", str(tmp_path / "plain")))
+    assert replies(out) and "Error" not in err
+
+
 def test_help_and_unknown_commands(talk: Talk) -> None:
     _, out, _ = talk("/help")
     for name in (

@@ -299,7 +299,8 @@ class Session:
     def facts(self, argument: str) -> None:
         """Choose whether memory takes in what is said."""
         if argument not in ("on", "off"):
-            raise ValueError(f"/facts {argument} was given, but it takes on or off (now {self._facts()})")
+            given = f"{argument} was given, but it" if argument else "it"
+            raise ValueError(f"/facts: {given} takes on or off (now {self._facts()})")
         self.update_memory = argument == "on"
         note(f"Memory updates are {self._facts()}.")
 

@@ -71,6 +71,9 @@ class AttentionMemoryConfig:
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or isinstance(value, bool) or not lowest <= value <= highest:
                 raise ValueError(f"{name}={value!r} was given, but {name} must be a number from {lowest} to {highest}")
+        for name in ("read_gain", "sharpness"):
+            if getattr(self, name) == infinity:
+                raise ValueError(f"{name}=inf was given, but {name} must be finite")
         for name in ("keep_share", "decay_rate", "sharpness"):
             if getattr(self, name) == 0:
                 raise ValueError(f"{name}=0 was given, but {name} must be more than 0")

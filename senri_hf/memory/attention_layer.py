@@ -16,6 +16,7 @@ from .attention_memory import Said, Slots, consolidate, keep_best, pass_cycles
 from .key_values import KeyValueLayer
 from .layer import MemoryLayer
 from .reads import Reads
+from .real_tokens import is_any
 from .rotation import KeyLayout
 from .state import RowState, check_tensors
 from .surprise import token_surprise
@@ -67,6 +68,7 @@ class AttentionMemoryLayer(MemoryLayer):
         self.slots: Slots | None = None
         self.said: tuple[Columns, ...] = ()
         self.reads = Reads()
+        self.begun: Tensor | None = None  # [B] bool, the rows of which a token was said; None for no row
         self.coming: Columns | None = None  # the columns of the pass that is under way
         self.coming_read: Tensor | None = None  # [B, T, M] float32, the attention that they gave to each slot
 
@@ -106,6 +108,8 @@ class AttentionMemoryLayer(MemoryLayer):
         self.said, self.coming, self.coming_read = (*self.said, columns), None, None
         if len(self.said) > CHUNKS:  # one per token of a reply
             self.said = (join(self.said),)
+        begins = columns.real.any(1)
+        self.begun = begins if self.begun is None else self.begun | begins
 
     def rollback(self, tokens: int) -> None:
         held = self.context_length
@@ -120,6 +124,7 @@ class AttentionMemoryLayer(MemoryLayer):
             if left > 0:
                 chunks.append(last.map(lambda tensor, left=left: tensor[:, :left]))  # type: ignore[misc]
         self.said = tuple(chunks)
+        self.begun = torch.stack([chunk.real.any(1) for chunk in chunks]).any(0) if chunks else None
 
     # Its end.
 
@@ -130,7 +135,7 @@ class AttentionMemoryLayer(MemoryLayer):
 
     def _begin(self) -> None:
         """Of a new conversation nothing was said."""
-        self.said, self.reads = (), Reads()
+        self.said, self.reads, self.begun = (), Reads(), None
 
     @torch.no_grad()
     def _closed(self) -> tuple[Slots, list[tuple[Tensor, Tensor] | None]]:
@@ -222,10 +227,11 @@ class AttentionMemoryLayer(MemoryLayer):
         slots = self.slots
         if slots is None or not slots.size or not start_ids or self.config.policy == "all":
             return torch.zeros_like(real)
-        begun = torch.stack([chunk.real.any(1) for chunk in self.said]).any(0) if self.said else real.new_zeros(())
         # Of a run of them all go.
-        starts = torch.isin(ids, torch.tensor(start_ids, device=ids.device))
-        first = ((real & ~starts).cumsum(1) == 0) & real & ~begun[..., None]
+        starts = is_any(ids, start_ids)
+        first = ((real & ~starts).cumsum(1) == 0) & real
+        if self.begun is not None:
+            first = first & ~self.begun[:, None]
         held = (slots.live & (slots.number == 0))[:, None] & (slots.token[:, None] == ids[..., None])
         return first & starts & held.any(-1)
 
@@ -294,6 +300,7 @@ class AttentionMemoryLayer(MemoryLayer):
             self.slots = self.slots.map(function)
         self.said = tuple(chunk.map(function) for chunk in self.said)
         self.reads = self.reads.map(function)
+        self.begun = None if self.begun is None else function(self.begun)
 
     def copy(self) -> "AttentionMemoryLayer":
         layer = copy.copy(self)

@@ -158,7 +158,8 @@ def keep_best(slots: Slots, config: AttentionMemoryConfig) -> tuple[Slots, Tenso
         if most > config.slots:
             raise ValueError(
                 f"policy='all' keeps everything, but {most} tokens do not fit into slots={config.slots}; make the "
-                "memory with more slots, or with another policy"
+                "memory with more slots, or with another policy. The conversation is still open: take the last tokens "
+                "back with forget(last=n), or begin anew with reset_memory()"
             )
     scores = score(slots, config).masked_fill(slots.number < config.sinks, torch.inf)
     scores = scores.masked_fill(~slots.live, -torch.inf)

@@ -406,8 +406,13 @@ class MemoryCache(AssociativeOperations, DynamicCache):
             lines.append(f"  layer {layer.layer_idx} ({layer.adapter_name}): {numbers or 'empty'}")
         if self.attention_memory is not None and self.tokenizer is not None and self.rows:
             for row in range(self.rows):
-                words = (f"{part.text!r} {part.surprise:.1f}" for part in self.remembered(row))
-                lines.append(f"  row {row} remembers, with its surprise in nats: {', '.join(words) or 'nothing'}")
+                words = (f"{p.text!r} {p.surprise:.1f} ({p.conversations_ago} ago)" for p in self.remembered(row))
+                said = ", ".join(words) or "nothing"
+                lines.append(
+                    f"  row {row} remembers, with its surprise in nats, and of how many conversations ago: {said}"
+                )
+            if self.attention_memory.said:
+                lines.append("  the open conversation is taken in when it ends")
         return "\n".join(lines)
 
     # Memory as data.

@@ -41,17 +41,16 @@ def runs(slots: Slots, row: int) -> list[list[int]]:
 
 
 def remembered(slots: Slots, tokenizer: PreTrainedTokenizerBase, row: int = 0) -> list[Remembered]:
-    """What a row remembers, oldest first."""
+    """What a row remembers, oldest first, but for what says nothing: special tokens and spaces alone."""
     token, surprise = slots.token[row].tolist(), slots.surprise[row].tolist()
     said, now = slots.conversation[row].tolist(), int(slots.conversations[row])
-    return [
-        Remembered(
-            str(tokenizer.decode([token[index] for index in run])),
-            max(surprise[index] for index in run),
-            now - said[run[0]],
-        )
-        for run in runs(slots, row)
-    ]
+    found = []
+    for run in runs(slots, row):
+        ids = [token[index] for index in run]
+        if str(tokenizer.decode(ids, skip_special_tokens=True)).strip():
+            text, most = str(tokenizer.decode(ids)), max(surprise[index] for index in run)
+            found.append(Remembered(text, most, now - said[run[0]]))
+    return found
 
 
 def slots_that_say(slots: Slots, tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:

@@ -29,6 +29,7 @@ from models import (
     tiny_model,
     tokens,
 )
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -37,6 +38,10 @@ from transformers import (
     DynamicCache,
     GPT2Config,
     GPT2LMHeadModel,
+    ModernBertDecoderConfig,
+    ModernBertDecoderForCausalLM,
+    MptConfig,
+    MptForCausalLM,
 )
 
 from senri_hf import MemoryCache
@@ -126,6 +131,9 @@ def test_both_memories_take_in_the_same_tokens(arch: str, mechanism: str) -> Non
     [
         {"model_type": "mistral", "num_key_value_heads": 2, "sliding_window": 6},
         {"model_type": "phi3", "num_key_value_heads": 2, "pad_token_id": 0, "partial_rotary_factor": 0.5},
+        # Neighbouring channels are turned together, by angles that stand in halves.
+        {"model_type": "glm", "num_key_value_heads": 2, "pad_token_id": 0, "head_dim": 8},
+        {"model_type": "ernie4_5", "num_key_value_heads": 2, "pad_token_id": 0, "head_dim": 8},
     ],
     ids=lambda settings: settings["model_type"],
 )
@@ -143,41 +151,71 @@ def test_other_models_are_served_too(settings: dict[str, Any]) -> None:
     assert_close(feed(model, memory, ids[:, 9:], [4, 1]), whole, "logits")
 
 
+@pytest.mark.parametrize(("vocabulary", "pad"), [(VOCABULARY, 11), (VOCABULARY, 48), (200, 159)])
+def test_whatever_pads_a_text_does_not_get_a_model_refused(vocabulary: int, pad: int) -> None:
+    """Memory takes in no padding, so that it is no token to try a model with."""
+    memory = blank(tiny_model("llama", vocab_size=vocabulary, pad_token_id=pad))
+    assert memory.attention_memory is not None
+
+
 GPT2 = GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, eos_token_id=2, bos_token_id=1)
 BLOOM = BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4)
+MPT = MptConfig(vocab_size=VOCABULARY, d_model=32, n_layers=2, n_heads=4)
+MODERNBERT = ModernBertDecoderConfig(
+    vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
-        (lambda: GPT2LMHeadModel(GPT2), "position in a way other than a rotary embedding"),
+        (lambda: GPT2LMHeadModel(GPT2), "has no rotary module"),
         (
             lambda: tiny_model("llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
             "changes with the length",
         ),
+        (lambda: MptForCausalLM(MPT), r"generate\(\) feeds it the whole text at every step"),
+        (lambda: ModernBertDecoderForCausalLM(MODERNBERT), "surprise is told; policy='recent' needs none"),
+        (lambda: tiny_model("llama", max_position_embeddings=10), "reads 10 tokens at most"),
     ],
-    ids=["absolute positions", "dynamic rotary embedding"],
+    ids=["absolute positions", "dynamic rotary embedding", "whole text", "layers before the head", "short"],
 )
 def test_a_model_that_cannot_be_served_is_refused_with_the_reason(model: Any, reason: str) -> None:
     """And stays as it was."""
     refused = model()
     refused.train()
+    before = attached(refused)
     with pytest.raises(NotServedError, match=reason):
         MemoryCache.for_model(refused)
-    assert refused.training
+    assert refused.training and attached(refused) == before
+
+
+def attached(model: nn.Module) -> list[Any]:
+    """What a model's modules have besides weights: hooks and attributes."""
+    return [
+        (sorted(vars(module)), len(module._forward_hooks), len(module._forward_pre_hooks)) for module in model.modules()
+    ]
 
 
 @torch.no_grad()
+def test_a_model_whose_surprise_is_not_known_has_a_memory_of_what_was_last() -> None:
+    """And a model that has a memory keeps it when another one is refused."""
+    model, ids = ModernBertDecoderForCausalLM(MODERNBERT).eval(), tokens(1, 16, seed=4)
+    memory = blank(model, policy="recent")
+    with pytest.raises(NotServedError, match="surprise"):
+        blank(model)
+    feed(model, memory, ids[:, :9])
+    memory.clear_context()
+    whole = model(input_ids=ids, past_key_values=DynamicCache(config=model.config)).logits[:, 9:]
+    assert_close(feed(model, memory, ids[:, 9:]), whole, "logits")
+
+
 def test_positions_that_are_distances_need_no_moving() -> None:
     """ALiBi: keys carry no position."""
-    model = BloomForCausalLM(BLOOM).eval()
-    try:
-        memory = blank(model)
-    except NotServedError as error:
-        assert "logits are not those" in str(error)
-    else:
-        assert memory.attention_memory is not None
-        assert all(layout is not None and layout.rotated == 0 for layout in memory.attention_memory.layouts)
+    memory = blank(BloomForCausalLM(BLOOM).eval())
+    assert memory.attention_memory is not None
+    assert [layout and layout.rotated for layout in memory.attention_memory.layouts] == [0, 0]
 
 
 # 1. Splitting changes nothing.
@@ -257,6 +295,17 @@ def test_a_memory_moves_between_dtypes(tmp_path: Path) -> None:
     ours = feed(half, MemoryCache.from_pretrained(tmp_path, model=half), ids).float()
     theirs = feed(model, MemoryCache.from_pretrained(tmp_path, model=model), ids)
     assert torch.nn.functional.cosine_similarity(ours.flatten(), theirs.flatten(), dim=0) > 0.95
+
+
+@torch.no_grad()
+def test_a_model_may_change_its_dtype_before_a_memory_is_loaded(tmp_path: Path) -> None:
+    model, ids = copy.deepcopy(MODELS["llama"]), tokens(1, 9, seed=17)
+    saved, blank_before = remembering(model), blank(model)
+    saved.save_pretrained(tmp_path)
+    model.to(torch.bfloat16)
+    expected = feed(model, MemoryCache.from_pretrained(tmp_path, model=model), ids)
+    blank_before.load_state_dict(saved.state_dict())
+    assert expected.dtype == torch.bfloat16 and torch.equal(feed(model, blank_before, ids), expected)
 
 
 DAMAGES: dict[str, Any] = {

@@ -352,11 +352,14 @@ class AttentionMemoryLayer(MemoryLayer):
             return
         slots = Slots(**{field.name: tensors[field.name] for field in fields(Slots)})
         held: list[tuple[Tensor, Tensor] | None] = []
+        model: Any = self.model()  # which may have another dtype now than when it was tried out
         for index, layout in enumerate(self.layouts):
             if layout is None or f"keys_{index}" not in tensors:
                 held.append(None)
                 continue
-            held.append((tensors[f"keys_{index}"].to(layout.dtype), tensors[f"values_{index}"].to(layout.dtype)))
+            keys, values = tensors[f"keys_{index}"], tensors[f"values_{index}"]
+            dtype = keys.dtype if model is None else model.dtype
+            held.append((keys.to(dtype), values.to(dtype)))
         self._hold(slots, held)
 
     @property

@@ -21,7 +21,7 @@ from .key_values import KeyValueLayer
 from .layer import ROLLBACK_TOKENS, MemoryLayer
 from .observation import observe
 from .owner import owners
-from .served import layouts_of
+from .served import refusal, try_out
 from .words import Remembered, remembered, slots_that_say
 
 
@@ -577,10 +577,21 @@ def attention_memory(
         memory.clear_context()
         return memory
 
-    observe(base)
-    # An adapter would look for its own memory in the caches of the trial.
-    with whole.disable_adapter() if base is not whole else contextlib.nullcontext():
-        return AttentionMemoryLayer(config, base, *layouts_of(base, remembers))
+    stop_observing = observe(base)
+    try:
+        # An adapter would look for its own memory in the caches of the trial.
+        with whole.disable_adapter() if base is not whole else contextlib.nullcontext():
+            served = try_out(base, remembers)
+        if config.policy == "surprise" and not served.tells_surprise:
+            raise refusal(
+                base,
+                "its logits are more than its output embeddings make of its last hidden states, from which surprise is "
+                "told; policy='recent' needs none",
+            )
+    except BaseException:
+        stop_observing()
+        raise
+    return AttentionMemoryLayer(config, base, served.layouts, served.rotary)
 
 
 def copy_layer(layer: Any) -> Any:

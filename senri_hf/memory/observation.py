@@ -4,6 +4,8 @@ They are functions of this module, so that a model with them can be copied and p
 of the pass: a pass with another cache, or none, is left as it is.
 """
 
+import contextlib
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -18,20 +20,30 @@ from .decoder import find_decoder, named_arguments
 from .real_tokens import AfterEnd, real_tokens, special_ids
 
 
-def observe(model: PreTrainedModel) -> None:
-    """Put the hooks on a model's decoder, once."""
+def observe(model: PreTrainedModel) -> Callable[[], None]:
+    """Put the hooks on a model's decoder, once.
+
+    Returns:
+        What undoes it; nothing for a model that was observed before.
+    """
     decoder: Any = find_decoder(model)
-    if getattr(decoder, "has_attention_memory", False):
-        return
-    decoder.has_attention_memory = True
-    # Before other hooks: they are to see the mask that attention gets.
-    decoder.register_forward_pre_hook(show_memory, with_kwargs=True, prepend=True)
-    decoder.register_forward_hook(note_tokens, with_kwargs=True)
-    watched = attention_modules(decoder)
-    if watched:
-        middle = watched[len(watched) // 2]  # as where tokens are held to be the same
-        middle.register_forward_pre_hook(watch_attention, with_kwargs=True)
-        middle.register_forward_hook(note_attention, with_kwargs=True, always_call=True)
+    undo = contextlib.ExitStack()
+    if not getattr(decoder, "has_attention_memory", False):
+        decoder.has_attention_memory = True
+        undo.callback(delattr, decoder, "has_attention_memory")
+        # Before other hooks: they are to see the mask that attention gets.
+        hooks = [
+            decoder.register_forward_pre_hook(show_memory, with_kwargs=True, prepend=True),
+            decoder.register_forward_hook(note_tokens, with_kwargs=True),
+        ]
+        watched = attention_modules(decoder)
+        if watched:
+            middle = watched[len(watched) // 2]  # as where tokens are held to be the same
+            hooks.append(middle.register_forward_pre_hook(watch_attention, with_kwargs=True))
+            hooks.append(middle.register_forward_hook(note_attention, with_kwargs=True, always_call=True))
+        for hook in hooks:
+            undo.callback(hook.remove)
+    return undo.close
 
 
 def memory_of(given: dict[Any, Any]) -> tuple[Any, AttentionMemoryLayer | None]:

@@ -20,9 +20,10 @@ class KeyLayout:
 
     Attributes:
         heads, key_size, value_size: Keys are [heads, key_size] and values [heads, value_size] per token.
-        dtype: Of both.
         rotated: Channels of a key that a rotary embedding turns; 0 for keys without a position.
         interleaved: Whether neighbouring channels form a pair; else a channel and the one half of `rotated` further on.
+        angles_in_halves: Whether the rotary module, where it gives every angle twice, gives all of them and then all
+            again; else each twice in succession.
         at_end: Whether the turned channels are the last of a key; else the first.
         layer_type: The rotary module's name for the layer's kind, where it has several.
     """
@@ -30,9 +31,9 @@ class KeyLayout:
     heads: int
     key_size: int
     value_size: int
-    dtype: torch.dtype
     rotated: int = 0
     interleaved: bool = False
+    angles_in_halves: bool = True
     at_end: bool = False
     layer_type: str | None = None
 
@@ -40,7 +41,7 @@ class KeyLayout:
         """Keys [B, H, N, d], moved by `positions` [B, N] or [N]; the arithmetic is in float32."""
         if not self.rotated or rotary is None:
             return keys
-        cosine, sine = angles(rotary, positions, self.layer_type, self.rotated // 2, self.interleaved)
+        cosine, sine = angles(rotary, positions, self.layer_type, self.rotated // 2, self.angles_in_halves)
         if positions.dim() == 2:
             cosine, sine = cosine[:, None], sine[:, None]
         start = self.key_size - self.rotated if self.at_end else 0
@@ -56,7 +57,7 @@ class KeyLayout:
 
 
 def angles(
-    rotary: nn.Module, positions: Tensor, layer_type: str | None, pairs: int, interleaved: bool
+    rotary: nn.Module, positions: Tensor, layer_type: str | None, pairs: int, in_halves: bool
 ) -> tuple[Tensor, Tensor]:
     """Cosine and sine of the angles of `positions` [...], each [..., pairs], without the scale of some embeddings."""
     flat = positions.reshape(1, -1)
@@ -64,7 +65,7 @@ def angles(
     given: Any = rotary(example, flat) if layer_type is None else rotary(example, flat, layer_type)
     cosine, sine = (part[0].float() for part in given)
     if cosine.shape[-1] == 2 * pairs:  # every angle stands there twice
-        cosine, sine = (part[..., ::2] if interleaved else part[..., :pairs] for part in (cosine, sine))
+        cosine, sine = (part[..., :pairs] if in_halves else part[..., ::2] for part in (cosine, sine))
     size = (cosine.square() + sine.square()).sqrt()
     return tuple((part / size).unflatten(0, positions.shape) for part in (cosine, sine))  # type: ignore[return-value]
 
@@ -88,7 +89,7 @@ def find_layout(
         None when there is none, or when the values differ too: positions reach the layer in another way.
     """
     keys, values = here
-    plain = KeyLayout(keys.shape[1], keys.shape[-1], values.shape[-1], keys.dtype)
+    plain = KeyLayout(keys.shape[1], keys.shape[-1], values.shape[-1])
     if not close(values, there[1], tolerance):
         return None
     if close(keys, there[0], tolerance):
@@ -98,15 +99,14 @@ def find_layout(
     moved = torch.full((keys.shape[2],), distance, device=keys.device)
     for layer_type in layer_types:
         try:
-            width = angles(rotary, moved, layer_type, -1, False)[0].shape[-1]
+            width = angles(rotary, moved, layer_type, -1, True)[0].shape[-1]
         except (TypeError, AttributeError, ValueError, KeyError):
             continue
-        for rotated, interleaved, at_end in itertools.product((width, 2 * width), (False, True), (False, True)):
+        pairings = ((False, True), (True, False), (True, True))
+        for rotated, pairing, at_end in itertools.product((width, 2 * width), pairings, (False, True)):
             if rotated > plain.key_size or rotated % 2 or (at_end and rotated == plain.key_size):
                 continue
-            layout = KeyLayout(
-                plain.heads, plain.key_size, plain.value_size, plain.dtype, rotated, interleaved, at_end, layer_type
-            )
+            layout = KeyLayout(plain.heads, plain.key_size, plain.value_size, rotated, *pairing, at_end, layer_type)
             if close(layout.rotate(keys, moved, rotary), there[0], tolerance):
                 return layout
     return None

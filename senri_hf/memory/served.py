@@ -3,6 +3,7 @@
 import contextlib
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,7 +12,10 @@ from transformers import DynamicCache, PreTrainedModel
 
 from .decoder import find_decoder
 from .key_values import KeyValueLayer
+from .layer import MemoryLayer
+from .real_tokens import special_ids
 from .rotation import KeyLayout, close, find_layout
+from .surprise import logits_of
 
 
 TOLERANCE = {torch.float32: 2e-3, torch.float64: 2e-3}
@@ -21,62 +25,131 @@ TOLERANCE_OF_HALF = 0.08
 TOLERANCE_OF_HALF_LOGITS = 0.25
 DISTANCE = 5
 TOLD, ASKED = 7, 5
+LONGEST_TRIED = TOLD + max(ASKED, DISTANCE)
+PADDING = 2
+# Ids above are not tried: what models have beside words, such as places of images, mostly has high ones.
+LARGEST_ID = 1024
 
 
 class NotServedError(ValueError):
     """A model that cannot read a memory of keys and values; the message says why."""
 
 
-# What was found out about a model; nothing of any memory.
-_found: "weakref.WeakKeyDictionary[nn.Module, tuple[list[KeyLayout | None], nn.Module | None]]" = (
-    weakref.WeakKeyDictionary()
-)
+@dataclass(frozen=True)
+class Served:
+    """What was found out about a model; nothing of any memory.
+
+    Attributes:
+        layouts: What every cache layer holds, None for those that hold nothing of their own.
+        rotary: The model's rotary module, None where keys carry no position.
+        tells_surprise: Whether the logits of a token are known from its last hidden state.
+    """
+
+    layouts: list[KeyLayout | None]
+    rotary: nn.Module | None
+    tells_surprise: bool
+
+
+# A model may be given other weights or attention; each of them is tried out by itself.
+_found: "weakref.WeakKeyDictionary[nn.Module, dict[tuple[torch.dtype, str], Served]]" = weakref.WeakKeyDictionary()
 
 
 @torch.no_grad()
-def layouts_of(
+def try_out(
     model: PreTrainedModel, remembers: Callable[[Tensor, list[KeyLayout | None], nn.Module | None], Any]
-) -> tuple[list[KeyLayout | None], nn.Module | None]:
-    """What every cache layer of a model holds, and its rotary module, None where keys carry no position.
+) -> Served:
+    """What a memory needs to know of a model, found out with a few tokens, once.
 
-    A few tokens are read at two places, which tells how keys carry positions; then some are read after others, once as
-    one context and once as memory and context, which must be the same.
+    They are read at two places, which tells how keys carry positions; then some are read after others, once as one
+    context and once as memory and context, which must be the same, also for a padded row and in `generate()`.
 
     Args:
-        remembers: Given ids [1, T], layouts and the rotary module, a cache that holds all of them as memory.
+        remembers: Given ids [B, T], layouts and the rotary module, a cache that holds all of them as memory.
 
     Raises:
         NotServedError: naming the model and the reason.
     """
-    if model not in _found:
+    found = _found.setdefault(model, {})
+    kind = model.dtype, str(getattr(model.config, "_attn_implementation", ""))
+    if kind not in found:
         try:
             with evaluating(model):
-                _found[model] = try_out(model, remembers)
+                found[kind] = find(model, remembers)
         except NotServedError:
             raise
         except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
             raise refusal(model, f"trying it out failed ({type(error).__name__}: {error})") from error
-    return _found[model]
+    return found[kind]
 
 
-def try_out(
+def find(
     model: PreTrainedModel, remembers: Callable[[Tensor, list[KeyLayout | None], nn.Module | None], Any]
-) -> tuple[list[KeyLayout | None], nn.Module | None]:
+) -> Served:
     check_kind(model)
-    config = model.config.get_text_config(decoder=True)
     decoder = find_decoder(model)
-    vocabulary = config.vocab_size
-    ids = (torch.arange(TOLD + ASKED, device=model.device) * 37 + 11)[None] % max(vocabulary - 3, 1)
-    tolerance = TOLERANCE.get(model.dtype, TOLERANCE_OF_HALF)
+    ids = ordinary_ids(model, TOLD + ASKED)
     told, asked = ids[:, :TOLD], ids[:, TOLD:]
     rotary = getattr(decoder, "rotary_emb", None)
-    layouts = find_layouts(model, decoder, told, rotary, tolerance)
-    whole = model(input_ids=ids, use_cache=True, past_key_values=DynamicCache(config=model.config)).logits[:, TOLD:]
-    memory = remembers(told, layouts, rotary)
-    ours = model(input_ids=asked, past_key_values=memory).logits
-    if not close(ours, whole, TOLERANCE.get(model.dtype, TOLERANCE_OF_HALF_LOGITS)):
+    layouts = find_layouts(model, decoder, told, rotary, TOLERANCE.get(model.dtype, TOLERANCE_OF_HALF))
+    with last_hidden_states(decoder) as hidden:
+        whole = model(input_ids=ids, use_cache=True, past_key_values=DynamicCache(config=model.config)).logits
+    tells_surprise = close(logits_of(model, hidden[0]), whole, TOLERANCE.get(model.dtype, TOLERANCE_OF_HALF))
+    ours = model(input_ids=asked, past_key_values=remembers(told, layouts, rotary)).logits
+    if not close(ours, whole[:, TOLD:], TOLERANCE.get(model.dtype, TOLERANCE_OF_HALF_LOGITS)):
         raise refusal(model, "with memory before the context its logits are not those of one longer context")
-    return layouts, rotary
+    memory, short = remembers(told, layouts, rotary), asked[:, PADDING:]
+    alone = next_logits(model, memory, short, torch.ones_like(short))
+    if memory.get_seq_length() != short.shape[1] + 1:
+        raise refusal(model, "generate() feeds it the whole text at every step, which memory would take in every time")
+    mask = torch.ones_like(asked).repeat(2, 1)
+    mask[1, :PADDING] = 0
+    batch = next_logits(model, remembers(told.repeat(2, 1), layouts, rotary), asked.repeat(2, 1), mask)
+    expected = torch.cat([ours[:, -1], alone]).to(batch)
+    if not close(batch, expected, TOLERANCE.get(model.dtype, TOLERANCE_OF_HALF_LOGITS)):
+        raise refusal(model, "with memory before the context a padded row is not read as it is alone")
+    return Served(layouts, rotary, tells_surprise)
+
+
+def ordinary_ids(model: PreTrainedModel, count: int) -> Tensor:
+    """Ids [1, count] of which none begins, ends or pads a text: those mean something else to memory."""
+    config: Any = model.config.get_text_config(decoder=True)
+    configs = getattr(model, "generation_config", None), config
+    special = {token for kind in ("bos", "eos", "pad") for one in configs for token in special_ids(kind, one)}
+    ordinary = [token for token in range(min(config.vocab_size, LARGEST_ID)) if token not in special]
+    if not ordinary:
+        raise refusal(model, f"all {config.vocab_size} tokens of its vocabulary are special")
+    return torch.tensor([[ordinary[(37 * n + 11) % len(ordinary)] for n in range(count)]], device=model.device)
+
+
+@contextlib.contextmanager
+def last_hidden_states(decoder: nn.Module) -> Iterator[list[Tensor]]:
+    """The last hidden states of every pass inside."""
+    states: list[Tensor] = []
+
+    def note(module: nn.Module, args: Any, output: Any) -> None:
+        states.append(output[0] if isinstance(output, tuple) else output.last_hidden_state)
+
+    hook = decoder.register_forward_hook(note)
+    try:
+        yield states
+    finally:
+        hook.remove()
+
+
+def next_logits(model: PreTrainedModel, memory: Any, ids: Tensor, mask: Tensor) -> Tensor:
+    """The logits [B, vocabulary] of the first of two tokens that `generate()` adds to ids [B, T]."""
+    generated: Any = model.generate(  # type: ignore[operator]
+        input_ids=ids,
+        attention_mask=mask,
+        past_key_values=memory,
+        max_new_tokens=2,
+        do_sample=False,
+        num_beams=1,
+        eos_token_id=None,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    return generated.logits[0]
 
 
 def check_kind(model: PreTrainedModel) -> None:
@@ -91,6 +164,9 @@ def check_kind(model: PreTrainedModel) -> None:
     chunked = "chunked_attention" in (getattr(config, "layer_types", None) or ())
     if chunked:
         raise refusal(model, "its chunked attention starts anew at fixed positions")
+    longest = getattr(config, "max_position_embeddings", None)
+    if isinstance(longest, int) and longest < LONGEST_TRIED:
+        raise refusal(model, f"it reads {longest} tokens at most, and {LONGEST_TRIED} are needed to try it out")
     parameters = getattr(config, "rope_parameters", None) or {}
     kinds = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
     for kind in (str(entry.get("rope_type", "default")) for entry in kinds):
@@ -112,15 +188,22 @@ def find_layouts(
     kinds = list(dict.fromkeys(getattr(config, "layer_types", None) or ()))
     layouts: list[KeyLayout | None] = []
     for ours, theirs in zip(here.layers, there.layers, strict=True):
+        if isinstance(ours, MemoryLayer):
+            continue  # a memory of the model's own
         if not ours.is_initialized or ours.keys is None or ours.keys.dim() != 4:
             layouts.append(None)  # it reads another layer's keys and values
             continue
         layout = find_layout(
             (ours.keys, ours.values), (theirs.keys, theirs.values), DISTANCE, rotary, [None, *kinds], tolerance
         )
+        if layout is None and rotary is None:
+            raise refusal(
+                model, "a token's keys or values depend on its position, and it has no rotary module that moves keys"
+            )
         if layout is None:
-            reason = "a token's keys and values depend on its position in a way other than a rotary embedding"
-            raise refusal(model, reason)
+            raise refusal(
+                model, "a token's keys and values depend on its position otherwise than its rotary module says"
+            )
         layouts.append(layout)
     if not any(layouts):
         raise refusal(model, "no layer of its cache holds keys and values")

@@ -2,8 +2,9 @@
 
     python benchmarks/architectures.py
 
-Every model type that `AutoModelForCausalLM` knows is built tiny, with random weights, and asked for a memory
-(`MemoryCache.for_model`), which tries out whether remembered tokens are read like tokens of the context.
+Every model type that `AutoModelForCausalLM` knows is built tiny, with random weights and layers of every kind that it
+has, and asked for a memory (`MemoryCache.for_model`), which tries out whether remembered tokens are read like tokens of
+the context.
 """
 
 import argparse
@@ -11,13 +12,14 @@ import contextlib
 import io
 import logging
 import warnings
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import senri_hf
 from senri_hf.files import write_text
@@ -60,16 +62,89 @@ SMALL = {
     "top_k": 2,
     "n_group": 1,
     "topk_group": 1,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "num_dense_layers": 1,
+    "num_heads": HEADS,
+    "encoder_layers": LAYERS,
+    "decoder_layers": LAYERS,
+    "encoder_attention_heads": HEADS,
+    "decoder_attention_heads": HEADS,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+    "max_position_embeddings": 256,
+    "sliding_window": 6,
+    "window_size": 6,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "vocab_size_per_layer_input": 64,
+    "hidden_size_per_layer_input": 8,
+    "laurel_rank": 4,
+    "index_n_heads": 2,
+    "index_head_dim": 16,
+    "shared_intermediate_size": 16,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 8,
+    "mamba_d_state": 8,
 }
-LARGEST = 20_000_000
+# What a type needs besides: two layers, one of every kind that it has, and sizes that fit each other.
+ROTARY = {"rope_type": "default", "rope_theta": 10_000.0}
+SLIDING = ["sliding_attention", "full_attention"]
+OWN = {
+    "bamba": {"attn_layer_indices": [1]},
+    "cohere_compass_text": {"layer_types": SLIDING, "rope_parameters": {kind: ROTARY for kind in SLIDING}},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10_000.0},
+        "ffn_config": {"ffn_hidden_size": 16},
+    },
+    "dots1": {"layer_types": SLIDING},
+    "gemma2": {"layer_types": SLIDING},
+    "gemma3": {"layer_types": SLIDING},
+    "gemma3_text": {"layer_types": SLIDING},
+    "gemma3n": {"layer_types": SLIDING * 2, "num_hidden_layers": 4, "num_kv_shared_layers": 2},
+    "gemma3n_text": {"layer_types": SLIDING * 2, "num_hidden_layers": 4, "num_kv_shared_layers": 2},
+    "gemma4": {"layer_types": SLIDING, "global_head_dim": 8},
+    "gemma4_text": {"layer_types": SLIDING, "global_head_dim": 8},
+    "gemma4_unified": {"layer_types": SLIDING, "global_head_dim": 8},
+    "gemma4_unified_text": {"layer_types": SLIDING, "global_head_dim": 8},
+    "git": {
+        "vision_config": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    },
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "mamba2": {"num_heads": 8, "n_groups": 1, "state_size": 8},
+    "prophetnet": {"num_hidden_layers": None, "num_decoder_layers": 2, "num_encoder_layers": 2},
+    "reformer": {"is_decoder": True, "attn_layers": ["local", "lsh"], "axial_pos_embds": False},
+    "zamba": {
+        "layers_block_type": ["mamba", "hybrid", "hybrid"],
+        "num_hidden_layers": 3,
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+    },
+    "zamba2": {"layers_block_type": ["mamba", "hybrid"], "attention_head_dim": 16},
+}
+LARGEST = 30_000_000
 
 
 def build(model_type: str) -> torch.nn.Module:
     """A tiny random model of a type; an error of any kind where these sizes do not make one that runs."""
     defaults = CONFIG_MAPPING[model_type]()
     text = defaults.get_text_config(decoder=True)
-    known = {name: value for name, value in SMALL.items() if hasattr(text, name)}
-    config = type(text)(**known) if text is not defaults else CONFIG_MAPPING[model_type](**known)
+    # Not hasattr: some have properties of such names.
+    names = {field.name for field in fields(text)} | text.attribute_map.keys()
+    sizes = {name: value for name, value in SMALL.items() if name in names}
+    if "kv_lora_rank" in names:  # latent attention has keys and values for every head
+        sizes["num_key_value_heads"] = HEADS
+    sizes |= OWN.get(model_type, {})
+    config = type(text)(**{name: value for name, value in sizes.items() if value is not None})
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        setattr(defaults, "decoder" if "decoder" in defaults.sub_configs else "text_config", config)
+        config = defaults
     with torch.device("meta"):
         size = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
     if size > LARGEST:
@@ -116,8 +191,10 @@ def main() -> None:
     lines = [
         "# Memory without training, by architecture",
         "",
-        "Written by `python benchmarks/architectures.py`: every model type of `AutoModelForCausalLM`, tiny and random.",
-        "Served means that remembered tokens gave the logits of tokens in the context.",
+        "Written by `python benchmarks/architectures.py`: every model type of `AutoModelForCausalLM`, tiny and random,",
+        "with a layer of every kind that its sizes let it have, and `MemoryCache.for_model(model, slots=8)` of it.",
+        "Served means that remembered tokens gave the logits of tokens in the context, also in `generate()` and for a",
+        "padded row. A model of other sizes and layers is tried out as it is, when it is given a memory.",
     ]
     for kind, rows in found.items():
         lines += ["", f"## {kind.capitalize()}: {len(rows)}", "", "| model type | |", "|---|---|", *rows]

@@ -1,8 +1,10 @@
 """Memory without training: what is kept, and what it promises; most laws are in test_laws."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -209,6 +211,30 @@ def test_a_model_whose_surprise_is_not_known_has_a_memory_of_what_was_last() -> 
     memory.clear_context()
     whole = model(input_ids=ids, past_key_values=DynamicCache(config=model.config)).logits[:, 9:]
     assert_close(feed(model, memory, ids[:, 9:]), whole, "logits")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "kind", "why"),
+    [
+        ("llama", "served", "positions: 8 of 8 channels"),
+        ("glm", "served", "positions: 4 of 8 channels"),
+        ("falcon", "served", "positions: 8 of 8 channels"),
+        ("qwen3_moe", "served", "positions: 8 of 8 channels"),
+        ("bloom", "served", "positions: none"),
+        ("memory_transformer", "served", "positions: 8 of 8 channels"),
+        ("symbolic_transformer", "refused", "has no rotary module"),
+        ("gptj", "refused", "has no rotary module"),
+        ("nanochat", "refused", "otherwise than its rotary module says"),
+        ("deepseek_v3", "refused", "holds as a token's values depends on the token's position"),
+        ("lfm2", "refused", "LinearAttentionLayer"),
+        ("musicgen", "not built with these sizes", "MusicgenConfig"),
+    ],
+)
+def test_the_list_of_architectures_says_what_becomes_of_a_model(
+    model_type: str, kind: str, why: str, load: Callable[[str], ModuleType]
+) -> None:
+    found = load("architectures.py").outcome(model_type)
+    assert found[0] == kind and why in found[1]
 
 
 def test_positions_that_are_distances_need_no_moving() -> None:

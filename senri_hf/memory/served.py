@@ -200,6 +200,8 @@ def find_layouts(
             raise refusal(
                 model, "a token's keys or values depend on its position, and it has no rotary module that moves keys"
             )
+        if layout is None and not close(ours.values, theirs.values, tolerance):
+            raise refusal(model, "what its cache holds as a token's values depends on the token's position")
         if layout is None:
             raise refusal(
                 model, "a token's keys and values depend on its position otherwise than its rotary module says"

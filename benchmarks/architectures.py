@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -93,6 +93,7 @@ SMALL = {
 # What a type needs besides: two layers, one of every kind that it has, and sizes that fit each other.
 ROTARY = {"rope_type": "default", "rope_theta": 10_000.0}
 SLIDING = ["sliding_attention", "full_attention"]
+NEEDED = {"tensor_memory": {"vocab_size": 64, "hidden_size": HIDDEN, "layers": [[{"dim": 8}], [{"dim": 8}]]}}
 OWN = {
     "bamba": {"attn_layer_indices": [1]},
     "cohere_compass_text": {"layer_types": SLIDING, "rope_parameters": {kind: ROTARY for kind in SLIDING}},
@@ -101,6 +102,7 @@ OWN = {
         "ffn_config": {"ffn_hidden_size": 16},
     },
     "dots1": {"layer_types": SLIDING},
+    "falcon_h1": {"mamba_d_ssm": 64},
     "gemma2": {"layer_types": SLIDING},
     "gemma3": {"layer_types": SLIDING},
     "gemma3_text": {"layer_types": SLIDING},
@@ -115,10 +117,13 @@ OWN = {
     },
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "lfm3": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8, "n_groups": 1, "state_size": 8},
     "prophetnet": {"num_hidden_layers": None, "num_decoder_layers": 2, "num_encoder_layers": 2},
+    "recurrent_gemma": {"layer_types": None, "block_types": ["recurrent", "attention"]},
     "reformer": {"is_decoder": True, "attn_layers": ["local", "lsh"], "axial_pos_embds": False},
     "zamba": {
         "layers_block_type": ["mamba", "hybrid", "hybrid"],
@@ -127,24 +132,34 @@ OWN = {
         "attention_head_dim": 16,
     },
     "zamba2": {"layers_block_type": ["mamba", "hybrid"], "attention_head_dim": 16},
+    "zaya": {"num_experts_per_tok": 1},
 }
 LARGEST = 30_000_000
 
 
-def build(model_type: str) -> torch.nn.Module:
-    """A tiny random model of a type; an error of any kind where these sizes do not make one that runs."""
-    defaults = CONFIG_MAPPING[model_type]()
+def config_of(model_type: str) -> PreTrainedConfig:
+    """A tiny config of a type, with two layers or as many as it has kinds of them."""
+    defaults = CONFIG_MAPPING[model_type](**NEEDED.get(model_type, {}))
     text = defaults.get_text_config(decoder=True)
     # Not hasattr: some have properties of such names.
     names = {field.name for field in fields(text)} | text.attribute_map.keys()
     sizes = {name: value for name, value in SMALL.items() if name in names}
     if "kv_lora_rank" in names:  # latent attention has keys and values for every head
         sizes["num_key_value_heads"] = HEADS
+    kinds = list(dict.fromkeys(getattr(text, "layer_types", None) or ()))
+    if "layer_types" in names and len(kinds) > 1 and "linear_attention" in kinds:
+        sizes |= {"layer_types": kinds, "num_hidden_layers": len(kinds)}
     sizes |= OWN.get(model_type, {})
     config = type(text)(**{name: value for name, value in sizes.items() if value is not None})
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         setattr(defaults, "decoder" if "decoder" in defaults.sub_configs else "text_config", config)
-        config = defaults
+        return defaults
+    return config
+
+
+def build(model_type: str) -> torch.nn.Module:
+    """A tiny random model of a type; an error of any kind where these sizes do not make one that runs."""
+    config = config_of(model_type)
     with torch.device("meta"):
         size = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
     if size > LARGEST:

@@ -14,6 +14,7 @@ import logging
 import warnings
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -90,11 +91,19 @@ SMALL = {
     "mamba_d_head": 8,
     "mamba_d_state": 8,
 }
-# What a type needs besides: two layers, one of every kind that it has, and sizes that fit each other.
 ROTARY = {"rope_type": "default", "rope_theta": 10_000.0}
 SLIDING = ["sliding_attention", "full_attention"]
-NEEDED = {"tensor_memory": {"vocab_size": 64, "hidden_size": HIDDEN, "layers": [[{"dim": 8}], [{"dim": 8}]]}}
-OWN = {
+# What a config class has no defaults for.
+NEEDED = {
+    "tensor_memory": {
+        "vocab_size": 64,
+        "hidden_size": HIDDEN,
+        "intermediate_size": 64,
+        "layers": [[{"dim": 8}], [{"dim": 8}]],
+    }
+}
+# What a type needs besides: two layers, one of every kind that it has, and sizes that fit each other.
+OWN: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "cohere_compass_text": {"layer_types": SLIDING, "rope_parameters": {kind: ROTARY for kind in SLIDING}},
     "dbrx": {
@@ -126,6 +135,7 @@ OWN = {
     "recurrent_gemma": {"layer_types": None, "block_types": ["recurrent", "attention"]},
     "reformer": {"is_decoder": True, "attn_layers": ["local", "lsh"], "axial_pos_embds": False},
     "zamba": {
+        "layer_types": None,
         "layers_block_type": ["mamba", "hybrid", "hybrid"],
         "num_hidden_layers": 3,
         "attention_hidden_size": 64,

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from models import tiny_model
 from peft import LoraConfig
 from safetensors.torch import load_file
@@ -436,9 +435,6 @@ def config_file(place: Path, home: str, out: Path, *changes: str) -> Path:
     """The settings of a run as a file."""
     path = out.parent / f"{out.name}.yaml"
     path.write_text(RunConfig.load(None, [*settings_of(place, home, out), *changes]).effective())
-    given = yaml.safe_load(path.read_text())
-    given["training"].pop("num_gpus")
-    path.write_text(yaml.safe_dump(given))
     return path
 
 

@@ -38,5 +38,6 @@ def run_train(arguments: argparse.Namespace) -> int:
     if trainer.args.should_save:
         history = Path(config.training.output_dir) / "training_history.json"
         write_json(history, trainer.state.log_history)
+        print(runs.wrapped_in(trainer))
         print(f"The model is in {folder}, and what was logged in {history}")
     return 0

@@ -4,8 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import DistributedType
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 from ..memory.bank_reader import router_record
 from ..memory.router_loss import router_loss_kept, share_of_batch, take_router_loss
@@ -59,6 +61,20 @@ class LanguageModelTrainer(RouterLossMixin, FlooredSchedule):
 
     args: MemoryTrainingArguments
 
+    def create_accelerator_and_postprocess(self) -> None:
+        state = self.args.distributed_state
+        on_cpus = state is not None and state.distributed_type == DistributedType.MULTI_CPU
+        if self.args.fsdp and on_cpus and not torch.accelerator.is_available():
+            # Accelerate drops an FSDP plugin in silence unless the processes have GPUs or the like, though PyTorch
+            # shards on CPUs as well. Device and backend are settled by now; this lets the plugin through, no more.
+            state.distributed_type = DistributedType.MULTI_GPU
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp and not self.is_fsdp_enabled:
+            raise ValueError(
+                f"FSDP was asked for, but processes of the kind {self.accelerator.distributed_type.value} would not "
+                "shard the model; start the run without --cpu, or use distributed_strategy=ddp"
+            )
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer of `args`, with a learning rate for every kind of parameter."""
         if self.optimizer is None:
@@ -88,8 +104,9 @@ class LanguageModelTrainer(RouterLossMixin, FlooredSchedule):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         super()._save(output_dir, state_dict)
         trained = trained_base_parameters(self.model)
-        if trained:
-            held = {name: p.detach().cpu().contiguous() for name, p in trained.items()}
+        if trained and self.args.should_save:
+            values = trained if state_dict is None else state_dict  # which is whole where parameters are sharded
+            held = {name: values[name].detach().cpu().contiguous() for name in trained}
             save_file(held, Path(output_dir or str(self.args.output_dir)) / BASE_PARAMETERS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -118,11 +135,13 @@ def load_base_parameters(model: Any, folder: str | Path) -> None:
     path = Path(folder) / BASE_PARAMETERS
     if not path.is_file():
         return
-    trained, own = load_file(path), model.state_dict()
+    trained: dict[str, Any] = load_file(path)
+    own = model.state_dict()
     wrong = [name for name, value in trained.items() if name not in own or own[name].shape != value.shape]
     if wrong:
         raise ValueError(
             f"{path} does not fit this model, which has no parameters of the names and shapes of {wrong[:3]}; load it "
             "into the base model and adapters that were trained"
         )
-    model.load_state_dict(trained, strict=False)  # adapters and what was frozen are not in it
+    # Adapters and what was frozen are not in it; where parameters are sharded, each process takes its share.
+    set_model_state_dict(model, trained, options=StateDictOptions(full_state_dict=True, strict=False))

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallback, PreTrainedTokenizerBase
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -387,7 +388,7 @@ def trainer_of(run: Run) -> LanguageModelTrainer:
     callbacks: list[Any] = []
     if section.early_stopping:
         callbacks.append(EarlyStoppingCallback(section.early_stopping_patience, section.early_stopping_threshold))
-    return LanguageModelTrainer(
+    trainer = LanguageModelTrainer(
         model=run.model,
         args=arguments(run.config),
         train_dataset=encoded(run, section.dataset_split),
@@ -395,6 +396,20 @@ def trainer_of(run: Run) -> LanguageModelTrainer:
         data_collator=collator(run),
         processing_class=run.tokenizer,
         callbacks=callbacks,
+    )
+    # However it was launched: what is written beside the run is what was in force.
+    section.num_gpus = trainer.args.world_size
+    section.distributed_strategy = "fsdp" if trainer.is_fsdp_enabled else "ddp"
+    return trainer
+
+
+def wrapped_in(trainer: LanguageModelTrainer) -> str:
+    """How the processes of a run that was trained shared its model, as a line."""
+    parameters = list(trainer.model_wrapped.parameters())
+    sharded = sum(isinstance(parameter, DTensor) for parameter in parameters)
+    return (
+        f"{trainer.args.world_size} process(es) trained a {type(trainer.model_wrapped).__name__}, {sharded} of "
+        f"{len(parameters)} parameters sharded"
     )
 
 

@@ -197,20 +197,38 @@ def distributed(found: dict[str, Any]) -> list[str]:
     rows = [
         [
             run["run"] + (f", killed and resumed at step {run['resumed_at']}" if run["resumed_at"] else ""),
+            f"`{run['wrapped']['model']}`",
+            f"{run['wrapped']['sharded']} of {run['wrapped']['parameters']}",
             f"{run['losses'][-1]:.4f}",
             f"{run['apart']:.1e}",
             f"{run['held_out_apart']:.1e}",
         ]
         for run in found["runs"]
     ]
+    router_losses = (
+        "Router losses are off (`use_load_balance_loss=false`, which by default is on): each process has them of its "
+        "own tokens, so with them two processes train a little otherwise than one. "
+        if "use_load_balance_loss=false" in found["settings"]
+        else ""
+    )
     return [
         "## One trajectory",
         "",
         f"Runs of {found['steps']} steps by `accelerate launch` on CPUs; the killed ones got a SIGKILL to all "
         "processes after a checkpoint, and were resumed. The final model is loaded in a single process. Differences "
-        "are those to the first row. By `examples/distributed/same_trajectory.py`.",
+        f"are those to the first row. {router_losses}By `examples/distributed/same_trajectory.py`.",
         "",
-        *table(["run", "last loss", "most that a step's loss differs", "held-out loss differs by"], rows),
+        *table(
+            [
+                "run",
+                "the model as it was wrapped",
+                "parameters sharded",
+                "last loss",
+                "most that a step's loss differs",
+                "held-out loss differs by",
+            ],
+            rows,
+        ),
         "",
     ]
 

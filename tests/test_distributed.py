@@ -1,11 +1,14 @@
 """Two processes train the model that one trains, whole on each (DDP) or in shards (FSDP2), here on CPUs with gloo."""
 
+import json
 import os
 import re
 import socket
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
+from types import ModuleType
 from unittest.mock import patch
 
 import pytest
@@ -102,3 +105,16 @@ def test_what_is_in_force_is_written(name: str, shared: Path) -> None:
     assert int(said[2]) == (int(said[3]) if is_sharded else 0) and int(said[3]) > 0
     written = yaml.safe_load((shared / name / runs.EFFECTIVE).read_text())["training"]
     assert (written["num_gpus"], written["distributed_strategy"]) == (2, name.partition(" ")[0])
+
+
+def test_the_page_says_what_was_wrapped_in_what_and_under_which_condition(load: Callable[[str], ModuleType]) -> None:
+    page, docs = load("bank_results.py"), Path(__file__).parent.parent / "docs"
+    found = json.loads((docs / "bank_distributed.json").read_text())
+    for run in found["runs"]:
+        wrapped = run["wrapped"]
+        assert (wrapped["sharded"] == wrapped["parameters"]) == ("FSDP" in run["run"])
+        assert wrapped["model"].startswith("FSDP") == ("FSDP" in run["run"])
+        assert max(run["apart"], run["held_out_apart"]) < 1e-4
+    section = "\n".join(page.distributed(found))
+    assert "Router losses are off" in section and section.strip() in (docs / "bank_results.md").read_text()
+    assert "Router losses are off" not in "\n".join(page.distributed({**found, "settings": []}))

@@ -4,8 +4,9 @@
 
 A run of one process is the measure. Runs of two processes, DDP and FSDP2, see the same rows in the same order; each is
 run whole, and once more with a SIGKILL to all of its processes after a checkpoint and then resumed. What is compared is
-the loss of every step, and the loss on held-out text of the final model, loaded in a single process. The losses of
-routers, which are of each process's own tokens, are off.
+the loss of every step, and the loss on held-out text of the final model, loaded in a single process. What each run
+itself said it had wrapped its model in is written with it. The losses of routers, which are of each process's own
+tokens, are off.
 """
 
 import argparse
@@ -64,14 +65,18 @@ def start(name: str, out: Path, resumed: bool = False) -> subprocess.Popen[str]:
         *(["--resume", str(out)] if resumed else []),
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def finish(name: str, run: subprocess.Popen[str]) -> None:
-    """Wait for a run; what it said of an error is raised."""
-    _, said = run.communicate(timeout=PATIENCE)
+def finish(name: str, run: subprocess.Popen[str]) -> dict[str, Any]:
+    """Wait for a run; what its model was wrapped in, by its own words. What it said of an error is raised."""
+    said, error = run.communicate(timeout=PATIENCE)
     if run.returncode:
-        raise RuntimeError(f"{name} failed:\n{said[-3000:]}")
+        raise RuntimeError(f"{name} failed:\n{error[-3000:]}")
+    wrapped = re.search(r"(\d+) process\(es\) trained a (\w+), (\d+) of (\d+) parameters sharded", said)
+    if wrapped is None or int(wrapped[1]) != RUNS[name][1] or (wrapped[3] == wrapped[4]) != ("FSDP" in name):
+        raise RuntimeError(f"{name} was not wrapped as its name says:\n{said[-3000:]}")
+    return {"model": wrapped[2], "sharded": int(wrapped[3]), "parameters": int(wrapped[4])}
 
 
 def kill_after_checkpoint(name: str, run: subprocess.Popen[str], out: Path) -> int:
@@ -113,8 +118,10 @@ def measured(name: str, folder: Path) -> list[dict[str, Any]]:
         if killed:
             step = kill_after_checkpoint(name, run, out)
             run = start(name, out, resumed=True)
-        finish(name, run)
-        found.append({"run": name, "resumed_at": step, "losses": losses(out), "held_out": held_out(out)})
+        wrapped = finish(name, run)
+        found.append(
+            {"run": name, "resumed_at": step, "wrapped": wrapped, "losses": losses(out), "held_out": held_out(out)}
+        )
     return found
 
 
@@ -138,7 +145,7 @@ def main() -> int:
                     f"{one['held_out_apart']:.1e} on held-out text",
                     flush=True,
                 )
-    write_json(arguments.out, {"steps": STEPS, "runs": found})
+    write_json(arguments.out, {"steps": STEPS, "settings": SMALL, "runs": found})
     return int(max(max(one["apart"], one["held_out_apart"]) for one in found) > 1e-3)
 
 

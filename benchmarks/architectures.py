@@ -94,12 +94,14 @@ SMALL = {
 ROTARY = {"rope_type": "default", "rope_theta": 10_000.0}
 SLIDING = ["sliding_attention", "full_attention"]
 # What a config class has no defaults for.
-NEEDED = {
+NEEDED: dict[str, dict[str, Any]] = {
     "tensor_memory": {
         "vocab_size": 64,
         "hidden_size": HIDDEN,
         "intermediate_size": 64,
-        "layers": [[{"dim": 8}], [{"dim": 8}]],
+        "layers": [[{"dim": 8, "eps": 1e-6, "use_delta_rule": True}]] * LAYERS,
+        "bias": True,
+        "normalize_qkv": False,
     }
 }
 # What a type needs besides: two layers, one of every kind that it has, and sizes that fit each other.
@@ -149,7 +151,8 @@ LARGEST = 30_000_000
 
 def config_of(model_type: str) -> PreTrainedConfig:
     """A tiny config of a type, with two layers or as many as it has kinds of them."""
-    defaults = CONFIG_MAPPING[model_type](**NEEDED.get(model_type, {}))
+    needed = NEEDED.get(model_type, {})
+    defaults = CONFIG_MAPPING[model_type](**needed)
     text = defaults.get_text_config(decoder=True)
     # Not hasattr: some have properties of such names.
     names = {field.name for field in fields(text)} | text.attribute_map.keys()
@@ -159,7 +162,7 @@ def config_of(model_type: str) -> PreTrainedConfig:
     kinds = list(dict.fromkeys(getattr(text, "layer_types", None) or ()))
     if "layer_types" in names and len(kinds) > 1 and "linear_attention" in kinds:
         sizes |= {"layer_types": kinds, "num_hidden_layers": len(kinds)}
-    sizes |= OWN.get(model_type, {})
+    sizes |= needed | OWN.get(model_type, {})
     config = type(text)(**{name: value for name, value in sizes.items() if value is not None})
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         setattr(defaults, "decoder" if "decoder" in defaults.sub_configs else "text_config", config)

@@ -27,6 +27,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=fast, pad_token="<pad>", eos_token="</s>")
 
 
+@pytest.mark.interop
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("variant", ["gated", "memory only"])
@@ -71,6 +72,7 @@ def bank_model(home: str) -> Any:
     return AutoModelForCausalLM.from_config(config)
 
 
+@pytest.mark.interop
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("home", ["built in", "adapter"])
 def test_trl_trains_the_routers_of_a_bank(home: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

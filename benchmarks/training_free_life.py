@@ -151,7 +151,7 @@ def main() -> None:
     add("--model", default="smollm2-135m-instruct")
     add("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
     add("--slots", type=int, default=512)
-    add("--people", type=int, default=8)
+    add("--people", type=int, default=4)
     add("--conversations", type=int, default=LIFE)
     add("--cost", action="store_true", help="measure the cost only")
     add("--output", type=Path, default=Path("docs/training_free.json"))

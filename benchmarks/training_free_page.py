@@ -219,19 +219,31 @@ def write_page(results: dict[str, Any], folder: Path) -> None:
         if sweep:
             lines += ["", "### What to keep", ""]
             lines += [
-                "`python benchmarks/training_free_settings.py`, values and phrasings of training. Nats: how much a",
+                f"`python benchmarks/training_free_settings.py --model {model}`, values and phrasings of training.",
+                "Nats: how much a value surprises where it would be right, the less the better.",
+                "",
+                *sweep_table(sweep),
+            ]
+        if life:
+            lines += [
+                "",
+                "### A long life",
+                "",
+                f"`python benchmarks/training_free_life.py --model {model}`: {life['what']}.",
                 "",
             ]
-            lines[-1] = "value surprises where it would be right, the less the better."
-            lines += ["", *sweep_table(sweep)]
-        if life:
-            lines += ["", "### A long life", "", f"`python benchmarks/training_free_life.py`: {life['what']}.", ""]
             lines += [f"![a long life](training-free-life-{model}.png)", "", *life_table(life)]
             if life["conversations"][-1] < LIFE:
                 lines += ["", f"Of the {LIFE:,} conversations {life['conversations'][-1]:,} were run."]
             plot_life(life, folder / f"training-free-life-{model}.png")
         if cost:
-            lines += ["", "### Cost", "", "`python benchmarks/training_free_life.py --cost`, one thread.", ""]
+            lines += [
+                "",
+                "### Cost",
+                "",
+                f"`python benchmarks/training_free_life.py --model {model} --cost`, one thread.",
+                "",
+            ]
             lines += cost_table(cost)
     path = folder / "training_free_results.md"
     write_text(path, "\n".join(lines).rstrip() + "\n")

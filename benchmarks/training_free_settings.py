@@ -123,7 +123,7 @@ def main() -> None:
     add = parser.add_argument
     add("--model", default="smollm2-135m-instruct")
     add("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
-    add("--episodes", type=int, default=25)
+    add("--episodes", type=int, default=6)
     add("--output", type=Path, default=Path("docs/training_free.json"))
     args = parser.parse_args()
     model, tokenizer = senri_hf.load_base(args.model, dtype=args.dtype)

@@ -138,8 +138,8 @@ class MemoryTransformerConfig(BankConfig, PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As in transformers; what other libraries wrote into a config.json under names of their own stays in it."""
-        foreign = {name: value for name, value in config_dict.items() if not cls._reads(name) and not cls._meant(name)}
+        """As in transformers; names of others in a config.json stay in it, unless they are like one of ours."""
+        foreign = {name: value for name, value in config_dict.items() if not cls._reads(name) and not cls._like(name)}
         known = {name: value for name, value in config_dict.items() if name not in foreign}
         parent: Any = super()
         result = parent.from_dict(known, **kwargs)
@@ -156,10 +156,13 @@ class MemoryTransformerConfig(BankConfig, PreTrainedConfig):
     @classmethod
     def _meant(cls, name: str) -> str:
         """A hint at what an unknown name was meant to be; empty when it is like nothing."""
-        if name in ELSEWHERE:
-            return f"; did you mean {ELSEWHERE[name]}?"
-        near = difflib.get_close_matches(name, [f.name for f in fields(cls)], 1, cutoff=0.85)
-        return f"; did you mean {near[0]!r}?" if near else ""
+        meant = ELSEWHERE.get(name) or ", ".join(map(repr, cls._like(name)))
+        return f"; did you mean {meant}?" if meant else ""
+
+    @classmethod
+    def _like(cls, name: str) -> list[str]:
+        """The setting that a name is nearly that of, if there is one."""
+        return difflib.get_close_matches(name, [f.name for f in fields(cls)], 1, cutoff=0.85)
 
     def validate_architecture(self) -> None:
         """Part of strict validation: heads divide the width."""

@@ -18,8 +18,8 @@ from senri_hf.interpretability.plots import figure, save
 
 
 DOCS = Path(__file__).parent.parent / "docs"
-PARTS = {"scratch": "Small models from scratch", "adapter": "In SmolLM2-135M"}
-PLACES = {"scratch": "from scratch", "adapter": "in SmolLM2-135M"}
+PARTS = {"scratch": "Small models from scratch", "smollm2": "In SmolLM2-135M", "gemma": "In Gemma 3 270M"}
+PLACES = {"scratch": "from scratch", "smollm2": "in SmolLM2-135M"}
 MEMORY_BITS = 32
 
 
@@ -53,7 +53,7 @@ def cost(found: dict[str, Any]) -> list[str]:
 def best_of(runs: list[dict[str, Any]], variant: str) -> list[dict[str, Any]]:
     """The runs of a variant at its best rates, of every seed, the one that was tuned with first."""
     tuned = [run for run in runs if run["variant"] == variant and run["seed"] == runs[0]["seed"]]
-    rates = min(tuned, key=lambda run: run["loss"])["rates"]
+    rates = min(tuned, key=lambda run: run["tuning_loss"])["rates"]
     return [run for run in runs if run["variant"] == variant and run["rates"] == rates]
 
 
@@ -80,7 +80,8 @@ def comparison(part: str, found: dict[str, Any]) -> list[str]:
         f"## {PARTS[part]}",
         "",
         f"Loss on held-out text ({trained['tokens']:,} tokens) after {trained['training_tokens']:,} training tokens "
-        f"({found['steps']} steps), by `examples/memory_comparison/compare.py {part}`, which says how rates are tuned.",
+        f"({found['steps']} steps), by `examples/memory_comparison/compare.py {part}`, which says how rates are tuned, "
+        "on other held-out rows.",
         "",
         *table(["variant", "trained parameters", "rates", "loss, mean", "of each seed", "processor seconds"], rows),
         "",
@@ -90,21 +91,29 @@ def comparison(part: str, found: dict[str, Any]) -> list[str]:
 
 
 def draw_comparison(part: str, runs: list[dict[str, Any]], variants: list[str]) -> None:
-    """Left: loss against the rate that is tuned, of the first seed. Right: the best rate's loss of each seed."""
+    """Left: loss where rates are chosen, by the rate tuned first, of the first seed. Right: loss at the best rates."""
     drawing, ((tuning, best),) = figure(1, 2, width=6.0, height=0.5 * len(variants) + 1.8)
     for place, variant in enumerate(variants):
-        tuned = sorted((r["rung"], r["loss"]) for r in runs if r["variant"] == variant and r["seed"] == runs[0]["seed"])
+        tuned = sorted(tuned_first([r for r in runs if r["variant"] == variant and r["seed"] == runs[0]["seed"]]))
         if len(tuned) > 1:
             tuning.plot(*zip(*tuned, strict=True), marker="o", label=variant, color=f"C{place}")
         losses = [run["loss"] for run in best_of(runs, variant)]
         best.plot(losses, [place] * len(losses), "o", color=f"C{place}")
     tuning.set_xscale("log")
-    tuning.set(xlabel="learning rate that is tuned (memory and LoRA: factor on both)", ylabel="held-out loss")
+    tuning.set(xlabel="learning rate (of memory, where there is one)", ylabel="loss where rates are chosen")
     tuning.legend(fontsize=7)
     best.set_yticks(range(len(variants)), variants, fontsize=8)
     best.invert_yaxis()
     best.set(xlabel="held-out loss at the best rate, of each seed")
     save(drawing, DOCS / f"bank-{part}.png")
+
+
+def tuned_first(runs: list[dict[str, Any]]) -> list[tuple[float, float]]:
+    """Rate and loss of a variant's runs in which only the rate that is tuned first differs from those of the first."""
+    first = runs[0]["rates"]
+    axis = next((name for name in ("memory_lr", "lora_lr", "base_model_lr") if name in first), None)
+    same = [run for run in runs if run["rates"].get("base_model_lr") == first.get("base_model_lr")]
+    return [(run["rates"][axis], run["tuning_loss"]) for run in (runs if axis == "base_model_lr" else same) if axis]
 
 
 def chapters(found: dict[str, Any]) -> list[str]:

@@ -1,12 +1,14 @@
 """Does a memory bank help? Memory beside dense models, and beside LoRA, on books, at tuned learning rates.
 
     python examples/memory_comparison/compare.py scratch     # small models from scratch: dense, wider dense, memory
-    python examples/memory_comparison/compare.py adapter     # none, memory, LoRA and both in a model that exists
+    python examples/memory_comparison/compare.py smollm2     # none, memory, LoRA and both in SmolLM2-135M
+    python examples/memory_comparison/compare.py gemma       # and in Gemma 3 270M
 
-A variant's learning rate is tuned with the first seed: from the middle of a ladder of rates it climbs until both
-neighbours of the best are worse, and the best one is run with the other seeds. From scratch all else than memory learns
-at the rate that serves the dense model best, and memory's own is tuned; memory and LoRA together have their own best
-rates, times a common factor that is tuned. The last tenth of each book is held out.
+A variant's learning rates are tuned with the first seed, one after the other: each climbs by a factor until both
+neighbours of the best are worse, and the best ones are run with the other seeds. From scratch the memory's own rate is
+tuned first, while all else learns at the rate that serves the dense model best, and then that of all else; memory and
+LoRA together have their own best rates, times a common factor that is tuned. The last tenth of each book is held out:
+rates are chosen on some of it, losses are reported of other rows.
 
 Finished runs stand in --out, and their models below checkpoints/memory_comparison/: an interrupted comparison goes on
 where it was.
@@ -30,6 +32,7 @@ from senri_hf.training import run as runs
 ROOT = Path(__file__).parent.parent.parent
 OUT = ROOT / "docs" / "memory_comparison.json"
 MODELS = ROOT / "checkpoints" / "memory_comparison"
+Rates = dict[str, float]
 HIDDEN, LAYERS, MEMORY_LAYERS, INNER, LENGTH, BATCH = 64, 4, 2, 172, 64, 16
 
 
@@ -50,11 +53,15 @@ def memory_multiplications(rows: int) -> float:
 
 @dataclass
 class Variant:
-    """Settings, and those that a rung of the ladder of learning rates stands for, given the best of other variants."""
+    """Settings, the learning rates to begin with, given the best of other variants, and how those are tuned.
+
+    Attributes:
+        tuned: Names of rates that are tuned together, with the factor of a step; one group after the other.
+    """
 
     settings: list[str]
-    rates: Callable[[float, dict[str, float]], dict[str, float]]
-    ladder: tuple[float, ...]
+    start: Callable[[dict[str, Rates]], Rates]
+    tuned: dict[tuple[str, ...], float]
 
 
 @dataclass
@@ -65,35 +72,45 @@ class Part:
     settings: list[str]
     steps: int
     seeds: tuple[int, ...]
-    evaluated: int  # held-out rows
+    evaluated: int  # held-out rows, and as many others that rates are chosen on
     variants: dict[str, Variant]
 
 
-def factors(step: float, below: int, above: int, start: float = 1.0) -> tuple[float, ...]:
-    """A ladder: `start` times the powers of `step`."""
-    return tuple(float(f"{start * step**power:.3g}") for power in range(-below, above + 1))
-
-
-BASE_RATES, MEMORY_RATES = factors(2, 2, 2, start=0.008), factors(4, 2, 2, start=0.004)
-ADAPTER_RATES = factors(3, 2, 2, start=0.003)
-
-
 def dense(settings: list[str]) -> Variant:
-    return Variant(settings, lambda rate, _: {"base_model_lr": rate}, BASE_RATES)
+    return Variant(settings, lambda _: {"base_model_lr": 0.004}, {("base_model_lr",): 2})
 
 
 def bank(*settings: str) -> Variant:
-    def rates(rate: float, best: dict[str, float]) -> dict[str, float]:
-        return {"base_model_lr": best["dense"], "memory_lr": rate}
-
-    return Variant(list(settings), rates, MEMORY_RATES)
-
-
-def both(factor: float, best: dict[str, float]) -> dict[str, float]:
-    return {"memory_lr": best["memory"] * factor, "lora_lr": best["LoRA"] * factor}
+    return Variant(
+        list(settings), lambda best: {**best["dense"], "memory_lr": 0.001}, {("memory_lr",): 4, ("base_model_lr",): 2}
+    )
 
 
 WHOLE = "use_chapters=false"
+ADAPTED = {
+    "none": Variant(["vanilla_mode=true"], lambda _: {}, {}),
+    "memory": Variant([], lambda _: {"memory_lr": 0.009}, {("memory_lr",): 3}),
+    "LoRA": Variant(["use_lora=true", "use_memory_adapter=false"], lambda _: {"lora_lr": 0.003}, {("lora_lr",): 3}),
+    "memory and LoRA": Variant(
+        ["use_both_memory_and_lora=true"],
+        lambda best: {**best["memory"], **best["LoRA"]},
+        {("memory_lr", "lora_lr"): 3},
+    ),
+}
+
+
+def adapted(base: str) -> Part:
+    """The four comparisons in a model that exists."""
+    return Part(
+        "adapter_smollm2_cpu.yaml",
+        [f"base_model_name={base}", "max_length=64", "batch_size=2"],
+        steps=40,
+        seeds=(0, 1),
+        evaluated=36,
+        variants=ADAPTED,
+    )
+
+
 PARTS = {
     "scratch": Part(
         "base_small_cpu.yaml",
@@ -102,9 +119,9 @@ PARTS = {
             f"batch_size={BATCH}", "vocab_size=512", f"memory_layer_n={LAYERS // MEMORY_LAYERS}",
             f"tokenizer_name={MODELS / 'tokenizer'}",
         ],
-        steps=96,
+        steps=480,
         seeds=(0, 1),
-        evaluated=480,
+        evaluated=230,
         variants={
             "dense": dense(["vanilla_mode=true"]),
             "dense, parameters of memory 256": dense(wider(memory_parameters(256))),
@@ -115,25 +132,12 @@ PARTS = {
             "memory 256, 4 of 16 chapters": bank("num_memory_tokens=256"),
         },
     ),
-    "adapter": Part(
-        "adapter_smollm2_cpu.yaml",
-        ["max_length=64", "batch_size=2"],
-        steps=20,
-        seeds=(0,),
-        evaluated=16,
-        variants={
-            "none": Variant(["vanilla_mode=true"], lambda *_: {}, ()),
-            "memory": Variant([], lambda rate, _: {"memory_lr": rate}, ADAPTER_RATES),
-            "LoRA": Variant(
-                ["use_lora=true", "use_memory_adapter=false"], lambda rate, _: {"lora_lr": rate}, ADAPTER_RATES
-            ),
-            "memory and LoRA": Variant(["use_both_memory_and_lora=true"], both, factors(3, 1, 0)),
-        },
-    ),
+    "smollm2": adapted("smollm2-135m-instruct"),
+    "gemma": adapted("gemma-3-270m"),
 }  # fmt: skip
 
 
-def configured(part: Part, variant: str, rates: dict[str, float], seed: int, steps: int, folder: Path) -> RunConfig:
+def configured(part: Part, variant: str, rates: Rates, seed: int, steps: int, folder: Path) -> RunConfig:
     """A run that is evaluated at its end only."""
     once = [f"max_steps={steps}", f"warmup_steps={steps // 10}", "eval_split=null", "save_best_model=false"]
     ends = [f"save_steps={steps}", "save_total_limit=1", f"logging_steps={max(1, steps // 40)}", f"seed={seed}"]
@@ -146,13 +150,20 @@ def configured(part: Part, variant: str, rates: dict[str, float], seed: int, ste
     )  # fmt: skip
 
 
-def held_out(run: runs.Run, part: Part) -> dict[str, float]:
-    """Loss and perplexity on the test split."""
-    rows = runs.encoded(run, "test")[: part.evaluated]
-    return perplexity(run.model, rows, runs.collator(run), run.config.training.batch_size)
+def held_out(run: runs.Run, part: Part, tuning: bool = False) -> dict[str, float]:
+    """Loss and perplexity on the test split, on the rows that rates are chosen on or on others."""
+    rows, count = runs.encoded(run, "test"), part.evaluated
+    if len(rows) < 2 * count:
+        raise ValueError(f"The test split has {len(rows)} rows, but {2 * count} are needed")
+    return perplexity(
+        run.model,
+        rows[count : 2 * count] if tuning else rows[:count],
+        runs.collator(run),
+        run.config.training.batch_size,
+    )
 
 
-def one_run(part: Part, variant: str, rates: dict[str, float], seed: int, steps: int, folder: Path) -> dict[str, Any]:
+def one_run(part: Part, variant: str, rates: Rates, seed: int, steps: int, folder: Path) -> dict[str, Any]:
     """Train where there is something to train, and the loss on what was held out."""
     config = configured(part, variant, rates, seed, steps, folder)
     run, seconds = runs.prepare(config), 0.0
@@ -166,29 +177,31 @@ def one_run(part: Part, variant: str, rates: dict[str, float], seed: int, steps:
     tokens = steps * section.batch_size * section.gradient_accumulation_steps * section.max_length
     return {
         **held_out(run, part),
+        "tuning_loss": held_out(run, part, tuning=True)["loss"],
         "seconds": round(seconds, 1),
         "trained_parameters": sum(p.numel() for p in run.model.parameters() if p.requires_grad) if rates else 0,
         "training_tokens": tokens if rates else 0,
     }
 
 
-def climb(ladder: tuple[float, ...], loss_of: Callable[[float], float]) -> float:
-    """The rung whose neighbours are both worse, as far as there are any, found from the middle."""
+def climb(loss_of: Callable[[int], float]) -> int:
+    """The number of steps up, negative for down, whose neighbours are both worse."""
     tried: dict[int, float] = {}
-    at = len(ladder) // 2
+    at = 0
     while True:
         for place in (at, at + 1, at - 1):
-            if place not in tried and 0 <= place < len(ladder):
-                tried[place] = loss_of(ladder[place])
+            if place not in tried:
+                tried[place] = loss_of(place)
         best = min(tried, key=lambda place: tried[place])
         if best == at:
-            return ladder[at]
+            return at
         at = best
 
 
-def folder_of(out: Path, part: str, variant: str, rung: float, seed: int) -> Path:
+def folder_of(out: Path, part: str, variant: str, rates: Rates, seed: int) -> Path:
     """Where the model of a run is."""
-    return MODELS / out.stem / part / f"{variant.replace(',', '').replace(' ', '_')}-{rung:g}-{seed}"
+    name = "-".join([variant.replace(",", "").replace(" ", "_"), *(f"{rate:g}" for rate in rates.values()), str(seed)])
+    return MODELS / out.stem / part / name
 
 
 def best_folder(out: Path, part: str, variant: str) -> Path:
@@ -201,8 +214,8 @@ def best_folder(out: Path, part: str, variant: str) -> Path:
     tried = [one for one in found if one["variant"] == variant and one["seed"] == found[0]["seed"]]
     if not tried:
         raise OSError(f"{out} has no run of {variant!r}: python examples/memory_comparison/compare.py {part}")
-    best = min(tried, key=lambda one: one["loss"])
-    folder = folder_of(out, part, variant, best["rung"], best["seed"])
+    best = min(tried, key=lambda one: one["tuning_loss"])
+    folder = folder_of(out, part, variant, best["rates"], best["seed"])
     if not folder.is_dir():
         raise OSError(f"There is no {folder}; the run was made elsewhere: give compare.py another --out")
     return folder
@@ -216,26 +229,33 @@ def compare(name: str, seeds: list[int], steps: int, out: Path) -> None:
     if found["steps"] != steps:
         raise SystemExit(f"{out} has runs of {found['steps']} steps, not {steps}; give another --out")
 
-    def run(variant: str, rung: float, seed: int) -> float:
-        rates = part.variants[variant].rates(rung, best) if rung else {}
-        key = {"variant": variant, "rung": rung, "rates": rates, "seed": seed}
+    def run(variant: str, rates: Rates, seed: int) -> float:
+        key = {"variant": variant, "rates": rates, "seed": seed}
         done = next((one for one in found["runs"] if key.items() <= one.items()), None)
         if done is None:
-            folder = folder_of(out, name, variant, rung, seed)
-            done = {**key, **one_run(part, variant, rates, seed, steps, folder)}
+            done = {**key, **one_run(part, variant, rates, seed, steps, folder_of(out, name, variant, rates, seed))}
             found["runs"].append(done)
             write_json(out, results)
-        print(f"{variant}: rate {rung:g}, seed {seed}: loss {done['loss']:.4f}, {done['seconds']} s", flush=True)
-        return float(done["loss"])
+        said = ", ".join(f"{rate} {value:g}" for rate, value in rates.items())
+        print(
+            f"{variant}: {said or 'nothing trained'}, seed {seed}: loss {done['loss']:.4f}, where rates are chosen "
+            f"{done['tuning_loss']:.4f}, {done['seconds']} s",
+            flush=True,
+        )
+        return float(done["tuning_loss"])
 
-    best: dict[str, float] = {}
+    best: dict[str, Rates] = {}
     for variant, settings in part.variants.items():
-        if not settings.ladder:
-            run(variant, 0, seeds[0])
-            continue
-        best[variant] = climb(settings.ladder, lambda rung, variant=variant: run(variant, rung, seeds[0]))  # type: ignore[misc]
-        for seed in seeds[1:]:
-            run(variant, best[variant], seed)
+        rates = settings.start(best)
+        for names, factor in settings.tuned.items():
+
+            def scaled(place: int, rates: Rates = rates, names: tuple[str, ...] = names, step: float = factor) -> Rates:
+                return {n: float(f"{rate * step**place:.3g}") if n in names else rate for n, rate in rates.items()}
+
+            rates = scaled(climb(lambda place, variant=variant, scaled=scaled: run(variant, scaled(place), seeds[0])))  # type: ignore[misc]
+        best[variant] = rates
+        for seed in seeds if rates else seeds[:1]:
+            run(variant, rates, seed)
 
 
 def tokenizer_of_all() -> None:
@@ -250,8 +270,8 @@ def tokenizer_of_all() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=PARTS)
-    parser.add_argument("--steps", type=int, help="of a run: 96 from scratch, 20 in a model that exists")
-    parser.add_argument("--seeds", type=int, nargs="+", help="0 and 1 from scratch, 0 in a model that exists")
+    parser.add_argument("--steps", type=int, help="of a run, where not those of the part")
+    parser.add_argument("--seeds", type=int, nargs="+", help="those of the part where not given: 0 and 1")
     parser.add_argument("--out", type=Path, default=OUT)
     arguments = parser.parse_args()
     if arguments.part == "scratch":

@@ -1,6 +1,6 @@
 """What a trained bank does: which chapters fire for which text, and what holding it in few bits costs.
 
-    python examples/memory_comparison/compare.py scratch      # trains the models; and adapter
+    python examples/memory_comparison/compare.py scratch      # trains the models; and smollm2
     python examples/memory_comparison/trained.py              # writes docs/bank_trained.json
 
 Texts are the held-out tenths of books, of which the memory was trained on one, documentation, and chats. Chapters are
@@ -26,8 +26,8 @@ from senri_hf.training.data import load_rows, pack_texts
 
 
 ROWS, BATCH = 16, 4
-CHAPTERED = ("adapter", "memory")
-QUANTIZED = [("scratch", "memory 1024"), ("scratch", "memory 256, 4 of 16 chapters"), ("adapter", "memory")]
+CHAPTERED = ("smollm2", "memory")
+QUANTIZED = [("scratch", "memory 1024"), ("scratch", "memory 256, 4 of 16 chapters"), ("smollm2", "memory")]
 
 
 def texts(run: runs.Run) -> dict[str, torch.Tensor]:
@@ -101,7 +101,7 @@ def bits(out: Path) -> list[dict[str, Any]]:
             run = runs.load_checkpoint(best_folder(out, part, variant) / runs.FINAL)
             if held == 0:
                 leave_memory_out(run.model)
-            elif held < 32 and part == "adapter":
+            elif held < 32 and part == "smollm2":
                 quantize_bank(run.model, held)
             elif held < 32:
                 run.model.quantize_memory(held)

@@ -1,8 +1,6 @@
 """Where a decoder-only model runs its layers."""
 
-import functools
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -20,10 +18,7 @@ def find_decoder(model: PreTrainedModel) -> nn.Module:
 
 def named_arguments(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a decoder's forward by name."""
-    return dict(zip(parameter_names(type(decoder).forward), args, strict=False)) | kwargs if args else dict(kwargs)
-
-
-@functools.lru_cache(maxsize=256)
-def parameter_names(method: Callable[..., Any]) -> tuple[str, ...]:
-    """The names of a method's parameters after `self`; looked up once, as every decoded token asks."""
-    return tuple(inspect.signature(method).parameters)[1:]
+    if not args:  # as in generate(): nothing to look up at every token
+        return dict(kwargs)
+    names = list(inspect.signature(type(decoder).forward).parameters)[1:]
+    return dict(zip(names, args, strict=False)) | kwargs

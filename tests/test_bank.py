@@ -133,6 +133,23 @@ def test_both_orders_of_projection_give_the_same(
         assert_equal(gradient, expected[name], f"gradient of {name}")
 
 
+def test_gradients_of_all_that_read_a_bank_add_up() -> None:
+    """Of much of it, which is dense, and of little, which is sparse until it meets the others."""
+    _, bank, attention = built(**CHAPTERS)
+    much, little = torch.randn(2, 19, HIDDEN, dtype=torch.float64), torch.randn(1, 1, HIDDEN, dtype=torch.float64)
+
+    def read(texts: tuple[Tensor, ...]) -> Tensor:
+        opened = bank()
+        reads = [attention(x, opened, torch.ones(x.shape[:2], dtype=torch.bool))[0] for x in texts]
+        return torch.cat([each.flatten(0, 1) for each in reads])
+
+    for texts in ((much, little), (little, much), (little, little)):
+        expected = gradients(torch.cat([reference(attention, bank, x).flatten(0, 1) for x in texts]), bank, attention)
+        for name, gradient in gradients(read(texts), bank, attention).items():
+            assert gradient.layout == torch.strided
+            assert_equal(gradient, expected[name], f"gradient of {name}")
+
+
 def test_a_projection_that_is_more_than_its_weight_is_called() -> None:
     """A quantized one, or one with a LoRA, is never passed by."""
     _, _, attention = built(**CHAPTERS)

@@ -9,6 +9,7 @@ from transformers import initialization as init
 
 from ..configuration import BankConfig
 from .bank_quantized import dequantize, fake_quantize, quantize
+from .chapter_attention import sparse_rows
 
 
 class _TakeChapters(torch.autograd.Function):
@@ -23,13 +24,11 @@ class _TakeChapters(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (chapters,) = ctx.saved_tensors
-        index = chapters[:, None] * ctx.length + torch.arange(ctx.length, device=chapters.device)
-        sparse = torch.sparse_coo_tensor(index.flatten()[None], grad.flatten(0, 1), ctx.shape, check_invariants=False)
-        return sparse, None, None
+        return sparse_rows(grad.flatten(0, 1), chapters, ctx.length, ctx.shape), None, None
 
 
 class _Open(torch.autograd.Function):
-    """The identity, at which the sparse gradients of all that was read become one dense gradient."""
+    """The identity, at which the gradients of all that was read become one dense gradient."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> Tensor:
@@ -37,7 +36,8 @@ class _Open(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad.to_dense() if grad.is_sparse else grad
+        # A view, as autograd keeps that as the parameter's gradient where it would copy the tensor itself.
+        return grad.to_dense() if grad.is_sparse else grad.view_as(grad)
 
 
 class Table(nn.Module):
@@ -181,6 +181,17 @@ class OpenBank:
     def chapters(self, chapters: Tensor) -> Tensor:
         """The rows of chapters [A]: [A, T, width]."""
         return self._spread(self.tokens.chapters(chapters, self.chapter_length))
+
+    def rows_of(self, chapters: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows [rows, width] with the dtype and device of `like`, and the numbers that chapters [A] have among them.
+
+        These are the parameter itself where it serves as it is, and otherwise the chapters, computed.
+        """
+        held = self.tokens.held
+        serves = self.basis is None and self.tokens.table.bits is None
+        if serves and held.dtype == like.dtype and held.device == like.device:
+            return held, chapters
+        return self.chapters(chapters).to(like).flatten(0, 1), torch.arange(chapters.numel(), device=like.device)
 
     def _spread(self, rows: Tensor) -> Tensor:
         return rows if self.basis is None else rows @ self.basis.all().transpose(0, 1)

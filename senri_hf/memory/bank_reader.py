@@ -11,7 +11,7 @@ from ..configuration import BankConfig
 from .bank import OpenBank, attention_heads, attention_width, row_width
 from .bank_layer import BankLayer
 from .bank_router import ChapterRouter, Choice, RouterRecord, RouterState, mean_record, routed_by
-from .chapter_attention import Groups, chapter_attention
+from .chapter_attention import Groups, chapter_attention, row_attention
 
 
 class MemoryLinear(nn.Linear):
@@ -140,15 +140,13 @@ class BankAttention(nn.Module):
 
     def read_chapters(self, query: Tensor, bank: OpenBank, choice: Choice) -> Tensor:
         """The chosen chapters, for query [n, H, e]: [n, H, f]."""
-        groups = Groups.of(choice.chapters)
+        groups, length = Groups.of(choice.chapters), self.config.tokens_per_chapter
+        if self.absorbs(groups.chapters.numel() * length, query.shape[0], choice.chapters.shape[1] * length):
+            rows, chapters = bank.rows_of(groups.chapters, query)
+            return self.lower(row_attention(self.lift(query), rows, chapters, length, choice.weight, groups))
         rows = bank.chapters(groups.chapters).to(query)  # [A, T, width]
-        length = rows.shape[1]
-        if self.absorbs(rows.shape[0] * length, query.shape[0], choice.chapters.shape[1] * length):
-            rows = rows[:, :, None]
-            read = chapter_attention(self.lift(query)[:, None], rows, rows, choice.weight, groups)
-            return self.lower(read[:, 0])
         keys, values = (p(rows).unflatten(-1, (self.num_heads, -1)) for p in (self.k_proj, self.v_proj))
-        return chapter_attention(query[:, :, None], keys, values, choice.weight, groups)[:, :, 0]
+        return chapter_attention(query, keys, values, choice.weight, groups)
 
     # Scores are q . (W_k m) = (W_k^T q) . m, and sums of W_v m are W_v of sums of m: the projections of keys and values
     # may be applied to queries and to what was read. That costs more a score, and nothing for the rows.

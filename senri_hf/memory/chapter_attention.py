@@ -69,20 +69,40 @@ class Groups:
 
 
 def chapter_attention(query: Tensor, keys: Tensor, values: Tensor, weight: Tensor, groups: Groups) -> Tensor:
-    """Sum over the chapters that a token reads of weight * softmax(query keys^T / scale) values.
+    """Sum over the chapters that a token reads of weight * softmax(query keys^T) values, for every head.
 
-    The scale belongs into the query. G key heads, R query heads for each of them.
+    The scale belongs into the query.
 
     Args:
-        query: [n, G, R, e]
-        keys: [A, T, G, e] of the chapters in `groups`, and values: [A, T, G, f]; the same tensor may serve as both.
+        query: [n, H, e]
+        keys: [A, T, H, e] of the chapters in `groups`, and values: [A, T, H, f].
         weight: [n, k] of each token's chapters, in the order in which `groups` was made.
 
     Returns:
-        [n, G, R, f]
+        [n, H, f]
     """
     attended: Tensor = _ChapterAttention.apply(  # type: ignore[no-untyped-call]
-        query, keys, None if values is keys else values, weight.reshape(-1)[groups.order], groups
+        query, keys, values, weight.reshape(-1)[groups.order], groups
+    )
+    return attended
+
+
+def row_attention(query: Tensor, rows: Tensor, chapters: Tensor, length: int, weight: Tensor, groups: Groups) -> Tensor:
+    """Sum over the chapters that a token reads of weight * softmax(query M^T) M, M being the chapter's rows themselves.
+
+    Rows are read where they lie. Their gradient is dense where most chapters were read, and sparse, as large as what
+    was read, elsewhere.
+
+    Args:
+        query: [n, H, width]
+        rows: [C * length, width], among which chapters [A] of `groups` have these numbers.
+        weight: [n, k] as in `chapter_attention`.
+
+    Returns:
+        [n, H, width]
+    """
+    attended: Tensor = _RowAttention.apply(  # type: ignore[no-untyped-call]
+        query, rows, weight.reshape(-1)[groups.order], groups, chapters, length
     )
     return attended
 
@@ -91,53 +111,113 @@ class _ChapterAttention(torch.autograd.Function):
     """Softmax probabilities are computed again in the backward pass, as in FlashAttention (Dao et al. 2022)."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, keys: Tensor, values: Tensor | None, weight: Tensor, groups: Groups) -> Tensor:
+    def forward(ctx: Any, query: Tensor, keys: Tensor, values: Tensor, weight: Tensor, groups: Groups) -> Tensor:
         ctx.save_for_backward(query, keys, values, weight)
         ctx.groups = groups
         with torch.autocast(query.device.type, enabled=False):
-            size = (keys if values is None else values).shape[-1]
-            result = query.new_zeros(*query.shape[:-1], size, dtype=accumulator(query))
-            for block in blocks(query, keys, groups):
+            result = query.new_zeros(*query.shape[:-1], values.shape[-1], dtype=accumulator(query))
+            for block in blocks(groups, 1, query.shape[1], keys.shape[1], keys.shape[-1]):
                 q, k, v = block.operands(query, keys, values)
                 read = softmax(q @ k.transpose(2, 3)).to(v.dtype) @ v
-                read = block.by_token(read) * block.weight(weight)
+                read = read.transpose(1, 2) * block.weight(weight)
                 result.index_add_(0, block.token.flatten(), read.flatten(0, 1).to(result.dtype))
         return result.to(query.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
         query, keys, values, weight = ctx.saved_tensors
         groups: Groups = ctx.groups
         with torch.autocast(query.device.type, enabled=False):
             grad_query = torch.zeros_like(query, dtype=accumulator(query))
             grad_keys = torch.zeros_like(keys, dtype=accumulator(query))
-            grad_values = grad_keys if values is None else torch.zeros_like(values, dtype=accumulator(query))
+            grad_values = torch.zeros_like(values, dtype=accumulator(query))
             grad_weight = torch.zeros_like(weight)
-            for block in blocks(query, keys, groups):
+            for block in blocks(groups, 1, query.shape[1], keys.shape[1], keys.shape[-1]):
                 q, k, v = block.operands(query, keys, values)
                 probability = softmax(q @ k.transpose(2, 3))
-                grad_read = block.by_head(grad[block.token])
-                read = probability.to(v.dtype) @ v
-                of_weight = (block.by_token(read) * block.by_token(grad_read)).sum((2, 3, 4)) * block.real
-                grad_weight.index_add_(0, block.pair.flatten(), of_weight.flatten().to(weight.dtype))
-                grad_read = block.by_head(block.by_token(grad_read) * block.weight(weight)).to(v.dtype)
-                of_values = probability.to(v.dtype).transpose(2, 3) @ grad_read
-                of_probability = (grad_read @ v.transpose(2, 3)).to(probability.dtype)
-                score = probability * (of_probability - (probability * of_probability).sum(-1, keepdim=True))
-                score = score.to(k.dtype)
+                grad_read = grad[block.token].transpose(1, 2)
+                # The gradient of a probability, but for the chapter's weight, whose own gradient is their product.
+                grows = (grad_read @ v.transpose(2, 3)).to(probability.dtype)
+                product = (probability * grows).sum(-1, keepdim=True)
+                block.add_weight(grad_weight, product.sum((1, 3)))
+                weighed = block.weight(weight).transpose(1, 2)
+                score = (probability * (grows - product) * weighed).to(k.dtype)
                 grad_query.index_add_(
-                    0, block.token.flatten(), block.by_token(score @ k).flatten(0, 1).to(grad_query.dtype)
+                    0, block.token.flatten(), (score @ k).transpose(1, 2).flatten(0, 1).to(grad_query.dtype)
                 )
                 of_keys = score.transpose(2, 3) @ q
+                of_values = probability.to(v.dtype).transpose(2, 3) @ (grad_read * weighed).to(v.dtype)
                 grad_keys.index_add_(0, block.chapter, of_keys.transpose(1, 2).to(grad_keys.dtype))
                 grad_values.index_add_(0, block.chapter, of_values.transpose(1, 2).to(grad_values.dtype))
         return (
             grad_query.to(query.dtype),
             grad_keys.to(keys.dtype),
-            None if values is None else grad_values.to(values.dtype),
+            grad_values.to(values.dtype),
             grad_weight,
             None,
         )
+
+
+class _RowAttention(torch.autograd.Function):
+    """As `_ChapterAttention`, with rows that are keys and values of all heads: their products are taken together."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, rows: Tensor, weight: Tensor, groups: Groups, chapters: Tensor, length: int
+    ) -> Tensor:
+        ctx.save_for_backward(query, rows, weight, chapters)
+        ctx.groups, ctx.length = groups, length
+        table = rows.unflatten(0, (-1, length))
+        with torch.autocast(query.device.type, enabled=False):
+            result = torch.zeros_like(query, dtype=accumulator(query))
+            for block in blocks(groups, query.shape[1], 1, length, rows.shape[1]):
+                m = table[chapters[block.chapter]]  # [b, T, width]
+                q = query[block.token].flatten(1, 2)
+                read = softmax(q @ m.transpose(1, 2)).to(m.dtype) @ m
+                read = read.view(*block.token.shape, *query.shape[1:]) * block.weight(weight)
+                result.index_add_(0, block.token.flatten(), read.flatten(0, 1).to(result.dtype))
+        return result.to(query.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor, None, None, None]:
+        query, rows, weight, chapters = ctx.saved_tensors
+        groups: Groups = ctx.groups
+        length: int = ctx.length
+        table = rows.unflatten(0, (-1, length))
+        is_dense = 2 * chapters.numel() > table.shape[0]
+        places = chapters if is_dense else torch.arange(chapters.numel(), device=chapters.device)
+        with torch.autocast(query.device.type, enabled=False):
+            grad_query = torch.zeros_like(query, dtype=accumulator(query))
+            grad_table = None
+            if ctx.needs_input_grad[1]:
+                count = table.shape[0] if is_dense else chapters.numel()
+                grad_table = table.new_zeros(count, *table.shape[1:], dtype=accumulator(query))
+            grad_weight = torch.zeros_like(weight)
+            for block in blocks(groups, query.shape[1], 1, length, rows.shape[1]):
+                m = table[chapters[block.chapter]]
+                both = torch.cat([query[block.token].flatten(1, 2), grad[block.token].flatten(1, 2)], dim=1)
+                score, grows = (both @ m.transpose(1, 2)).chunk(2, dim=1)
+                probability = softmax(score)
+                product = (probability * grows).sum(-1, keepdim=True)  # [b, g * H, 1]
+                block.add_weight(grad_weight, product.view(*block.token.shape, -1).sum(-1))
+                weighed = block.weight(weight).expand(-1, -1, query.shape[1], -1).flatten(1, 2)
+                probability = probability * weighed
+                of_score = probability * (grows - product)
+                of_query = (of_score.to(m.dtype) @ m).view(*block.token.shape, *query.shape[1:])
+                grad_query.index_add_(0, block.token.flatten(), of_query.flatten(0, 1).to(grad_query.dtype))
+                if grad_table is not None:
+                    of_rows = torch.cat([of_score, probability], dim=1).to(m.dtype).transpose(1, 2) @ both
+                    grad_table.index_add_(0, places[block.chapter], of_rows.to(grad_table.dtype))
+        if grad_table is not None:
+            grad_table = grad_table.to(rows.dtype).flatten(0, 1)
+            grad_table = grad_table if is_dense else sparse_rows(grad_table, chapters, length, rows.shape)
+        return grad_query.to(query.dtype), grad_table, grad_weight, None, None, None
+
+
+def sparse_rows(values: Tensor, chapters: Tensor, length: int, shape: torch.Size) -> Tensor:
+    """A sparse tensor of `shape` [C * length, width] with values [A * length, width] at chapters [A]."""
+    index = chapters[:, None] * length + torch.arange(length, device=chapters.device)
+    return torch.sparse_coo_tensor(index.flatten()[None], values, shape, check_invariants=False)
 
 
 @dataclass(frozen=True)
@@ -149,35 +229,33 @@ class Block:
     token: Tensor  # [b, g]
     real: Tensor  # [b, g]
 
-    def operands(self, query: Tensor, keys: Tensor, values: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [b, G, g * R, e], keys [b, G, T, e] and values [b, G, T, f] of the tiles."""
-        k = keys[self.chapter].transpose(1, 2)
-        v = k if values is None else values[self.chapter].transpose(1, 2)
-        return self.by_head(query[self.token]), k, v
-
-    def by_head(self, x: Tensor) -> Tensor:
-        """[b, g, G, R, e] to [b, G, g * R, e]."""
-        return x.transpose(1, 2).flatten(2, 3)
-
-    def by_token(self, x: Tensor) -> Tensor:
-        """[b, G, g * R, e] to [b, g, G, R, e]."""
-        return x.unflatten(2, (self.pair.shape[1], -1)).transpose(1, 2)
+    def operands(self, query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [b, H, g, e], keys [b, H, T, e] and values [b, H, T, f] of the tiles."""
+        q, k, v = query[self.token], keys[self.chapter], values[self.chapter]
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def weight(self, weight: Tensor) -> Tensor:
-        """The pairs' weights, 0 where a place holds none: [b, g, 1, 1, 1]."""
-        return (weight[self.pair] * self.real)[..., None, None, None]
+        """The pairs' weights, 0 where a place holds none: [b, g, 1, 1]."""
+        return (weight[self.pair] * self.real)[..., None, None]
+
+    def add_weight(self, total: Tensor, share: Tensor) -> None:
+        """Add what the places [b, g] have to the pairs [P]."""
+        total.index_add_(0, self.pair.flatten(), (share * self.real).flatten().to(total.dtype))
 
 
-def blocks(query: Tensor, keys: Tensor, groups: Groups) -> list[Block]:
-    """All tiles, in blocks that hold a bounded number of values."""
-    _, key_heads, query_heads, size = query.shape
-    tile = groups.tile_size(query_heads)
+def blocks(groups: Groups, queries: int, heads: int, length: int, width: int) -> list[Block]:
+    """All tiles, in blocks that hold a bounded number of values.
+
+    Args:
+        queries: Rows of a tile's query matrix for each of its tokens.
+        heads: Key heads. length: Rows of a chapter. width: Values of a row and head.
+    """
+    tile = groups.tile_size(queries)
     chapter, pair, real = groups.tiles(tile)
-    rows = keys.shape[1]
-    of_tile = key_heads * max(rows * size, tile * query_heads * max(rows, size))
-    count = max(1, BLOCK_VALUES.get(query.device.type, BLOCK_VALUES_ELSEWHERE) // of_tile)
-    token = groups.token[pair]
-    parts = zip(chapter.split(count), pair.split(count), token.split(count), real.split(count), strict=True)
+    of_tile = heads * max(length * width, tile * queries * max(length, width))
+    device = groups.token.device.type
+    count = max(1, BLOCK_VALUES.get(device, BLOCK_VALUES_ELSEWHERE) // of_tile)
+    parts = zip(*(part.split(count) for part in (chapter, pair, groups.token[pair], real)), strict=True)
     return [Block(*part) for part in parts]
 
 

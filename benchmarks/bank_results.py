@@ -214,18 +214,13 @@ def distributed(found: dict[str, Any]) -> list[str]:
         ]
         for run in found["runs"]
     ]
-    router_losses = (
-        "Router losses are off (`use_load_balance_loss=false`, which by default is on): each process has them of its "
-        "own tokens, so with them two processes train a little otherwise than one. "
-        if "use_load_balance_loss=false" in found["settings"]
-        else ""
-    )
     return [
         "## One trajectory",
         "",
         f"Runs of {found['steps']} steps by `accelerate launch` on CPUs; the killed ones got a SIGKILL to all "
         "processes after a checkpoint, and were resumed. The final model is loaded in a single process. Differences "
-        f"are those to the first row. {router_losses}By `examples/distributed/same_trajectory.py`.",
+        "are those to the first row. All router losses are on, of the tokens of all processes. By "
+        "`examples/distributed/same_trajectory.py`.",
         "",
         *table(
             [

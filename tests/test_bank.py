@@ -15,7 +15,9 @@ from senri_hf.memory.bank import MemoryBank
 from senri_hf.memory.bank_layer import BankLayer
 from senri_hf.memory.bank_quantized import dequantize, fake_quantize, pack, quantize, unpack
 from senri_hf.memory.bank_reader import BankAttention, LowRankProjection
-from senri_hf.memory.bank_reference import read_bank, router_losses
+from senri_hf.memory.bank_reference import read_bank
+from senri_hf.memory.bank_reference import router_losses as defined_losses
+from senri_hf.memory.bank_router import router_losses
 from senri_hf.memory.chapter_attention import Groups
 
 
@@ -249,15 +251,15 @@ def test_router_losses_are_those_of_the_definition() -> None:
     assert attention.router is not None
     logits = torch.randn(20, 8, dtype=torch.float64)
     real = torch.rand(20) < 0.7
-    expected = router_losses(logits[real], 3)
+    expected = defined_losses(logits[real], 3)
     _, record = attention.router.choose(logits, real)
     for name, loss in expected.items():
-        assert_equal(getattr(record, name), loss, name)
+        assert_equal(getattr(router_losses([record, record]), name), loss, name)
     assert_equal(record.usage.sum(), torch.ones((), dtype=torch.float64), "usage")
     even, _ = attention.router.choose(torch.zeros(64, 8, dtype=torch.float64), torch.ones(64, dtype=torch.bool))
     assert even.weight.shape == (64, 3)
     _, nothing = attention.router.choose(logits, torch.zeros(20, dtype=torch.bool))
-    assert all(value.isfinite().all() for value in nothing)
+    assert all(value.isfinite().all() for value in (*nothing, *router_losses([nothing])))
 
 
 class Sizes(TorchDispatchMode):

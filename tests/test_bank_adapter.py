@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from models import ARCHITECTURES, MEMORY_LAYERS, SMALL, Subject, assert_close, perturb, tiny_model, tokens
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 import senri_hf
@@ -275,3 +275,19 @@ def test_bfloat16_bases_are_read_in_float32() -> None:
             parameter.data = parameter.data.to(torch.bfloat16)
     ours, theirs = half(input_ids=ids).logits.float(), model(input_ids=ids).logits
     assert torch.nn.functional.cosine_similarity(ours.flatten(), theirs.flatten(), dim=0) > 0.95
+
+
+@torch.no_grad()
+def test_a_bank_in_a_model_with_a_bank_leaves_it_the_length_of_prompts() -> None:
+    """Both are routed by it; a model that knows nothing of it is not given it."""
+    torch.manual_seed(0)
+    config = senri_hf.MemoryTransformerConfig(
+        vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_memory_tokens=32, wo_init_zero=False, use_chapters=True, num_chapters=8, top_k_chapters=2,
+        routing_strategy_inference="hybrid", routing_window_size=2,
+    )  # fmt: skip
+    base, ids, lengths = senri_hf.MemoryTransformerForCausalLM(config).eval(), tokens(1, 12), torch.tensor([4])
+    expected = base(input_ids=ids, prompt_lengths=lengths).logits
+    assert not torch.allclose(base(input_ids=ids).logits, expected, atol=1e-4)
+    adapter = MemoryAdapterConfig(mechanism="bank", layers_to_transform=[1], **SMALL["bank"])  # adds nothing yet
+    assert torch.equal(get_peft_model(base, adapter)(input_ids=ids, prompt_lengths=lengths).logits, expected)

@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -553,8 +554,9 @@ def test_the_commands_work_together_on_a_model_that_exists(
         assert main(quantize) == 2
         assert "has no bank" in capsys.readouterr().err
     if kind in ("both", "trained base"):
-        with pytest.raises(OSError):
-            AutoModelForCausalLM.from_pretrained(out / "final_model")
+        for folder in (out / "final_model", runs.checkpoint_to_resume(out)):
+            with pytest.raises(OSError):
+                AutoModelForCausalLM.from_pretrained(folder)
     if kind == "trained base":
         with pytest.raises(ValueError, match="does not fit this model"):
             load_base_parameters(tiny_model("llama", vocab_size=300), out / "final_model")
@@ -682,6 +684,8 @@ def test_a_run_says_how_it_is_to_be_started(place: Path, monkeypatch: pytest.Mon
 
 class HiddenStateTrainer:
     """Computes the loss from hidden states, as TRL does: the causal language model's own forward is never called."""
+
+    accelerator = SimpleNamespace(num_processes=1)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

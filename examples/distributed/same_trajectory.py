@@ -5,8 +5,8 @@
 A run of one process is the measure. Runs of two processes, DDP and FSDP2, see the same rows in the same order; each is
 run whole, and once more with a SIGKILL to all of its processes after a checkpoint and then resumed. What is compared is
 the loss of every step, and the loss on held-out text of the final model, loaded in a single process. What each run
-itself said it had wrapped its model in is written with it. The losses of routers, which are of each process's own
-tokens, are off.
+itself said it had wrapped its model in is written with it. All losses of routers are on: they are of the tokens of all
+processes.
 """
 
 import argparse
@@ -33,7 +33,8 @@ CONFIG = ROOT / "examples" / "configs" / "base_small_cpu.yaml"
 ROWS, STEPS, EVALUATED = 4, 16, 64
 SMALL = [
     "hidden_dim=32", "num_heads=2", "num_layers=2", "intermediate_dim=64", "vocab_size=300", "max_length=32",
-    "dataset_subset=dubliners", "use_load_balance_loss=false", "eval_split=null", "save_best_model=false",
+    "dataset_subset=dubliners", "eval_split=null", "save_best_model=false",
+    "use_load_balance_loss=true", "use_auxiliary_loss=true", "use_z_loss=true",
     "warmup_steps=1", "logging_steps=1", f"max_steps={STEPS}", "save_steps=2",
 ]  # fmt: skip
 LAUNCHED = [

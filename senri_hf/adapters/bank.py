@@ -14,7 +14,7 @@ from ..memory import MemoryLayer
 from ..memory.bank import MemoryBank, OpenBank
 from ..memory.bank_layer import BankLayer
 from ..memory.bank_reader import BankAttention, MemoryLinear
-from ..memory.bank_router import RouterRecord, has_router_loss, router_loss
+from ..memory.bank_router import RouterRecord, has_router_loss, router_loss, router_losses
 from ..memory.router_loss import RouterLossSlot
 from .block import MemoryBlock
 from .config import MemoryAdapterConfig
@@ -130,7 +130,8 @@ class BankBlock(nn.Module, MemoryBlock):
     def note_routing(self, record: RouterRecord | None) -> None:
         """In training, let the router's loss wait to be taken."""
         if record is not None and self.training and torch.is_grad_enabled() and has_router_loss(self.config):
-            self.router_loss.loss = self.weight * router_loss(record, self.config)
+            losses = router_losses([record], self.router_loss.over_processes)
+            self.router_loss.loss = self.weight * router_loss(losses, self.config)
 
 
 class GatedMLP(nn.Module):

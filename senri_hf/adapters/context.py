@@ -22,6 +22,8 @@ class ForwardContext:
 
     Attributes:
         num_heads: Attention heads of the model; `model` makes logits of hidden states.
+        model_takes_prompt_lengths: Whether the model itself is to be told where prompts end, as one with a bank of its
+            own is.
         memory: The cache of this pass, if it is a memory cache.
         ids: [B, T] its token ids, where they were given.
         logits_to_keep: How many of the last tokens are asked for their logits, where that was said.
@@ -38,6 +40,7 @@ class ForwardContext:
 
     num_heads: int
     model: PreTrainedModel | None = None
+    model_takes_prompt_lengths: bool = False
     memory: MemoryCache | None = None
     ids: Tensor | None = None
     logits_to_keep: Any = None

@@ -18,6 +18,8 @@ def model_pre_hook(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     """Note for whose logits the model is asked, of which its decoder is not told, and what it knows nothing of."""
     context: ForwardContext = find_decoder(model).memory_context  # type: ignore[assignment]
     context.logits_to_keep, context.prompt_lengths = kwargs.get("logits_to_keep"), kwargs.get("prompt_lengths")
+    if context.model_takes_prompt_lengths:
+        return args, kwargs
     return args, {name: value for name, value in kwargs.items() if name != "prompt_lengths"}
 
 

@@ -1,5 +1,6 @@
 """The PEFT tuner that puts a memory into a model."""
 
+import inspect
 from typing import Any, ClassVar
 
 from peft import PeftConfig
@@ -75,7 +76,8 @@ class MemoryTuner(BaseTuner):
         context = getattr(decoder, "memory_context", None)
         if context is None:
             config = self.model.config.get_text_config(decoder=True)
-            context = ForwardContext(num_heads=config.num_attention_heads, model=self.model)
+            takes_prompt_lengths = "prompt_lengths" in inspect.signature(type(self.model).forward).parameters
+            context = ForwardContext(config.num_attention_heads, self.model, takes_prompt_lengths)
             decoder.memory_context = context
             decoder.memory_handles = [
                 self.model.register_forward_pre_hook(model_pre_hook, with_kwargs=True),

@@ -20,6 +20,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 def run_merge(arguments: argparse.Namespace) -> int:
     """Write a copy in which LoRA is a part of the base model; memory stays an adapter. All is safetensors."""
     from ..training import run as runs
+    from ..training.language_model import name_base
 
     out = Path(arguments.out)
     if out.exists():
@@ -34,7 +35,7 @@ def run_merge(arguments: argparse.Namespace) -> int:
     scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
         write(run, arguments.quantize, merges, scratch)
-        runs.name_base(scratch, str((out / runs.BASE).absolute()))
+        name_base(scratch, str((out / runs.BASE).absolute()))
         scratch.rename(out)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

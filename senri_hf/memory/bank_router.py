@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from transformers import initialization as init
 
 from ..configuration import BankConfig
@@ -121,12 +121,12 @@ def advance(state: RouterState, x: Tensor, real: Tensor) -> RouterState:
 
 
 class RouterRecord(NamedTuple):
-    """What a router did in one forward pass. Losses are scalars; padding counts nowhere."""
+    """What a router did in one forward pass, in means over its tokens; padding counts nowhere."""
 
-    load_balance: Tensor
-    auxiliary: Tensor
-    z: Tensor
-    entropy: Tensor  # of a token's distribution, mean, in nats
+    tokens: Tensor  # their number
+    mean: Tensor  # [C] distribution over chapters
+    z: Tensor  # logsumexp squared
+    entropy: Tensor  # of a token's distribution, in nats
     usage: Tensor  # [C] share of the routed reads that each chapter got
 
 
@@ -174,28 +174,21 @@ class ChapterRouter(nn.Linear):
         return Choice(chapters, weight), record
 
     def record(self, logits: Tensor, probability: Tensor, chapters: Tensor, real: Tensor) -> RouterRecord:
-        """Losses and statistics over the real tokens.
-
-        Load balance: C sum_c f_c P_c (Switch Transformer, Fedus et al. 2021, eq. 4), f_c the share of reads that
-        chapter c got and P_c its mean probability. z: mean of logsumexp squared (ST-MoE, Zoph et al. 2022, eq. 5).
-        Auxiliary: KL(mean distribution || uniform).
-        """
+        """What was done for the real tokens."""
         kept = real.to(probability.dtype)
-        tokens = kept.sum().clamp_min(1)
-        count = probability.shape[-1]
-        reads = torch.zeros(count, dtype=probability.dtype, device=probability.device)
-        reads = reads.index_add(0, chapters.flatten(), kept[:, None].expand_as(chapters).flatten())
-        usage = reads / (tokens * chapters.shape[-1])
-        mean = (probability * kept[:, None]).sum(0) / tokens
+        tokens = kept.sum()
+        reads = torch.zeros_like(probability[0]).index_add(
+            0, chapters.flatten(), kept[:, None].expand_as(chapters).flatten()
+        )
         log_normalizer = logits.logsumexp(-1)
         surprise = log_normalizer - (probability * logits).sum(-1)
-        entropy = (surprise.detach() * kept).sum() / tokens
+        count = tokens.clamp_min(1)
         return RouterRecord(
-            load_balance=count * (usage * mean).sum(),
-            auxiliary=torch.xlogy(mean, mean * count).sum(),
-            z=(log_normalizer.square() * kept).sum() / tokens,
-            entropy=entropy,
-            usage=usage,
+            tokens=tokens,
+            mean=(probability * kept[:, None]).sum(0) / count,
+            z=(log_normalizer.square() * kept).sum() / count,
+            entropy=(surprise.detach() * kept).sum() / count,
+            usage=reads / (count * chapters.shape[-1]),
         )
 
 
@@ -205,15 +198,71 @@ def mean_record(records: list[RouterRecord]) -> RouterRecord:
     return RouterRecord(*(torch.stack([p.to(device) for p in parts]).mean(0) for parts in zip(*records, strict=True)))
 
 
-def router_loss(record: RouterRecord, config: BankConfig) -> Tensor:
+class RouterLosses(NamedTuple):
+    """Scalars: means over memory layers."""
+
+    load_balance: Tensor
+    auxiliary: Tensor
+    z: Tensor
+
+
+def router_losses(records: list[RouterRecord], over_processes: bool = False) -> RouterLosses:
+    """The losses of what the routers of memory layers did.
+
+    Load balance: C sum_c f_c P_c (Switch Transformer, Fedus et al. 2021, eq. 4), f_c the share of reads that chapter c
+    got and P_c its mean probability. z: mean of logsumexp squared (ST-MoE, Zoph et al. 2022, eq. 5). Auxiliary:
+    KL(mean distribution || uniform).
+
+    Args:
+        over_processes: Whether f and the distribution in the logarithm are those of the tokens of all processes of
+            `torch.distributed`, which then all have to ask at once (as Qiu et al. 2025, "Demons in the Detail"). The
+            mean over processes of the losses, and of their gradients, is what one process with all tokens has.
+    """
+    losses = [
+        layer_losses(record, shared) for record, shared in zip(records, of_all(records, over_processes), strict=True)
+    ]
+    device = losses[0].z.device  # layers may be on several
+    return RouterLosses(*(torch.stack([p.to(device) for p in parts]).mean(0) for parts in zip(*losses, strict=True)))
+
+
+def layer_losses(record: RouterRecord, shared: RouterRecord) -> RouterLosses:
+    """The losses of one layer's record, beside what all processes did, which has no gradient."""
+    count = record.mean.shape[0]
+    weight = record.tokens / shared.tokens.clamp_min(torch.finfo(record.z.dtype).tiny)
+    # The gradient of the KL divergence through its logarithm is that of the distribution's sum, which is always 1.
+    return RouterLosses(
+        load_balance=weight * count * (shared.usage * record.mean).sum(),
+        auxiliary=weight * torch.xlogy(record.mean, shared.mean * count).sum(),
+        z=weight * record.z,
+    )
+
+
+def of_all(records: list[RouterRecord], over_processes: bool) -> list[RouterRecord]:
+    """Records without a gradient; if so asked with the usage, mean and mean number of the tokens of all processes."""
+    records = [RouterRecord(*(value.detach() for value in record)) for record in records]
+    if not over_processes:
+        return records
+    device = records[0].mean.device
+    parts = [torch.cat([torch.ones_like(r.mean[:1]), r.mean, r.usage]) * r.tokens for r in records]
+    sums = torch.stack([part.to(device) for part in parts])
+    distributed.all_reduce(sums)
+    tokens, means = sums[:, 0] / distributed.get_world_size(), sums[:, 1:] / sums[:, :1].clamp_min(1)
+    shared = []
+    for record, count, values in zip(records, tokens, means, strict=True):
+        mean, usage = values.to(record.mean.device).chunk(2)
+        shared.append(record._replace(tokens=count.to(record.mean.device), mean=mean, usage=usage))
+    return shared
+
+
+def router_loss(losses: RouterLosses, config: BankConfig) -> Tensor:
     """The weighted sum of the losses that the configuration turns on."""
-    loss = record.load_balance.new_zeros(())
+    loss = losses.z.new_zeros(())
     if config.use_load_balance_loss:
-        loss = loss + config.load_balance_coefficient * record.load_balance
+        loss = loss + config.load_balance_coefficient * losses.load_balance
     if config.use_auxiliary_loss:
-        loss = loss + config.auxiliary_loss_coefficient * record.auxiliary
+        loss = loss + config.auxiliary_loss_coefficient * losses.auxiliary
     if config.use_z_loss:
-        loss = loss + config.z_loss_coefficient * record.z
+        loss = loss + config.z_loss_coefficient * losses.z
     return loss
 
 

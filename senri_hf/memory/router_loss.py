@@ -19,6 +19,7 @@ class RouterLossSlot:
     def __init__(self) -> None:
         self.loss: Tensor | None = None
         self.is_kept = False
+        self.over_processes = False  # whether it is to be that of the tokens of all processes
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return type(self)()
@@ -41,16 +42,20 @@ def slots_of(model: nn.Module) -> list[RouterLossSlot]:
 
 
 @contextmanager
-def router_loss_kept(model: nn.Module) -> Iterator[None]:
-    """Within it nobody takes the router loss of a model's passes, which waits for whoever asks afterwards."""
+def router_loss_kept(model: nn.Module, over_processes: bool = False) -> Iterator[None]:
+    """Within it nobody takes the router loss of a model's passes, which waits for whoever asks afterwards.
+
+    Args:
+        over_processes: Whether it is that of the tokens of all processes, which then all have to make the same passes.
+    """
     slots = slots_of(model)
     try:
         for slot in slots:
-            slot.is_kept = True
+            slot.is_kept, slot.over_processes = True, over_processes
         yield
     finally:
         for slot in slots:
-            slot.is_kept = False
+            slot.is_kept, slot.over_processes = False, False
 
 
 def take_router_loss(model: nn.Module) -> Tensor | None:

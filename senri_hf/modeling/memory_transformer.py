@@ -24,7 +24,7 @@ from ..configuration.memory_transformer import MemoryTransformerConfig
 from ..memory.bank import MemoryBank, OpenBank, Table
 from ..memory.bank_layer import BankLayer
 from ..memory.bank_reader import BankAttention, MemoryLinear
-from ..memory.bank_router import ChapterRouter, RouterRecord, has_router_loss, mean_record, router_loss
+from ..memory.bank_router import ChapterRouter, RouterRecord, has_router_loss, mean_record, router_loss, router_losses
 from ..memory.cache import MemoryCache, layer_in
 from ..memory.layer import MemoryLayer
 from ..memory.owner import MemoryOwner
@@ -291,7 +291,7 @@ class MemoryTransformerModel(MemoryTransformerPreTrainedModel):
             past_key_values.note_tokens(input_ids)
         output = MemoryModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
         if records:
-            self.note_routing(output, mean_record(records))
+            self.note_routing(output, records)
         return output
 
     def check_routing(self) -> None:
@@ -343,12 +343,15 @@ class MemoryTransformerModel(MemoryTransformerPreTrainedModel):
         ones = hidden_states.new_ones(*position_ids.shape, self.config.head_dim)  # type: ignore[arg-type]
         return ones, torch.zeros_like(ones)
 
-    def note_routing(self, output: MemoryModelOutputWithPast, record: RouterRecord) -> None:
+    def note_routing(self, output: MemoryModelOutputWithPast, records: list[RouterRecord]) -> None:
         """Put what routers did into the output; in training their loss waits to be taken."""
+        record = mean_record(records)
         output.router_entropy, output.router_usage = record.entropy, record.usage
         if has_router_loss(self.config):
-            output.router_loss = router_loss(record, self.config)
-            if self.training and torch.is_grad_enabled():
+            is_learned = self.training and torch.is_grad_enabled()
+            losses = router_losses(records, over_processes=is_learned and self.router_loss.over_processes)
+            output.router_loss = router_loss(losses, self.config)
+            if is_learned:
                 self.router_loss.loss = output.router_loss
 
 

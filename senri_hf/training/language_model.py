@@ -1,5 +1,6 @@
 """Training of a language model with a bank: its router losses, learning rates, and what is logged."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
+from ..files import write_json
 from ..memory.bank_reader import router_record
 from ..memory.router_loss import router_loss_kept, share_of_batch, take_router_loss
 from .arguments import MemoryTrainingArguments
@@ -23,7 +25,9 @@ class RouterLossMixin:
     """Adds router losses to a trainer's own loss: put it before a trainer's class.
 
     `class BankSFTTrainer(RouterLossMixin, SFTTrainer)` trains a bank with TRL, which computes its loss from hidden
-    states and leaves the one of the model's forward unused. Where a trainer uses that one nothing comes twice.
+    states and leaves the one of the model's forward unused. Where a trainer uses that one nothing comes twice. Several
+    processes learn what one would of all their tokens: routers spread them all over the chapters, not each process its
+    own.
     """
 
     def compute_loss(
@@ -31,7 +35,9 @@ class RouterLossMixin:
     ) -> Any:
         labels = inputs.get("labels")
         parent: Any = super()
-        with router_loss_kept(model):
+        trainer: Any = self
+        over_processes = model.training and trainer.accelerator.num_processes > 1
+        with router_loss_kept(model, over_processes):
             result = parent.compute_loss(
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
@@ -40,6 +46,8 @@ class RouterLossMixin:
             return result
         loss = result[0] if return_outputs else result
         share = share_of_batch(labels, num_items_in_batch) if isinstance(labels, Tensor) else 1.0
+        if over_processes:  # how much each process's own tokens count is in the loss already
+            share = trainer.accelerator.reduce(torch.as_tensor(share, device=loss.device).float(), reduction="mean")
         loss = loss + waiting.to(loss.device) * share * self._processes(num_items_in_batch)
         return (loss, *result[1:]) if return_outputs else loss
 
@@ -103,11 +111,15 @@ class LanguageModelTrainer(RouterLossMixin, FlooredSchedule):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         super()._save(output_dir, state_dict)
+        folder = Path(output_dir or str(self.args.output_dir))
         trained = trained_base_parameters(self.model)
         if trained and self.args.should_save:
             values = trained if state_dict is None else state_dict  # which is whole where parameters are sharded
             held = {name: values[name].detach().cpu().contiguous() for name in trained}
-            save_file(held, Path(output_dir or str(self.args.output_dir)) / BASE_PARAMETERS)
+            save_file(held, folder / BASE_PARAMETERS)
+        if self.args.should_save and (trained or (folder / "lora").is_dir()):
+            # By its name the base model would be loaded with the memory alone: not at all is better.
+            name_base(folder, None)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -117,6 +129,13 @@ class LanguageModelTrainer(RouterLossMixin, FlooredSchedule):
         super()._load_best_model()
         if self.state.best_model_checkpoint is not None:
             load_base_parameters(self.model, self.state.best_model_checkpoint)
+
+
+def name_base(folder: Path, base: str | None) -> None:
+    """Let the adapter in a folder name the base that it belongs to, by which Auto classes load it; None for none."""
+    path = folder / "adapter_config.json"
+    if path.is_file():
+        write_json(path, json.loads(path.read_text(encoding="utf-8")) | {"base_model_name_or_path": base})
 
 
 def trained_base_parameters(model: Any) -> dict[str, nn.Parameter]:

@@ -20,10 +20,10 @@ from ..bases import KNOWN_BASES, converted_folder, load_base
 from ..configuration import BankConfig
 from ..configuration.memory_transformer import MemoryTransformerConfig
 from ..configuration.run import ARCHITECTURE, OPTIMIZERS, RunConfig
-from ..files import write_json, write_text
+from ..files import write_text
 from .arguments import MemoryTrainingArguments
 from .data import RowCollator, encode_chats, load_rows, pack_texts
-from .language_model import BASE_PARAMETERS, LanguageModelTrainer, load_base_parameters
+from .language_model import LanguageModelTrainer, load_base_parameters
 
 
 EFFECTIVE = "effective_config.yaml"
@@ -453,19 +453,9 @@ def save(run: Run, trainer: LanguageModelTrainer) -> Path:
     trainer.save_model(str(scratch))
     if trainer.args.should_save:
         write_effective(run.config, scratch)
-        if (scratch / "lora").is_dir() or (scratch / BASE_PARAMETERS).is_file():
-            # By its name the base model would be loaded with the memory alone: not at all is better.
-            name_base(scratch, None)
         shutil.rmtree(folder, ignore_errors=True)
         scratch.rename(folder)
     return folder
-
-
-def name_base(folder: Path, base: str | None) -> None:
-    """Let the adapter in a folder name the base that it belongs to, by which Auto classes load it; None for none."""
-    path = folder / "adapter_config.json"
-    if path.is_file():
-        write_json(path, json.loads(path.read_text(encoding="utf-8")) | {"base_model_name_or_path": base})
 
 
 def write_effective(config: RunConfig, folder: Path) -> None:

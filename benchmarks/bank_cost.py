@@ -4,11 +4,13 @@
 
 Every token reads `top_k` chapters of `rows` rows each, whatever the bank holds. Timed is a forward and backward pass of
 a memory transformer, gradients of the whole bank included, but no optimizer step (its time is that of an embedding
-table's), in seconds of one processor. Sizes take turns, so that a busy machine slows all of them alike, and the fastest
-pass of each counts.
+table's), in seconds of one processor. Beside it stands what an embedding table of as many rows takes of that: the rows
+that some token read are looked up once for every memory layer, and get their dense gradient. Sizes take turns, so that
+a busy machine slows all of them alike, and the fastest pass of each counts.
 """
 
 import argparse
+import json
 import time
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import torch
 
 from senri_hf import MemoryTransformerConfig, MemoryTransformerForCausalLM
 from senri_hf.files import write_json
+from senri_hf.memory.bank_reader import BankAttention
 
 
 HIDDEN, LAYERS, TOKENS, CHAPTER, TOP_K = 128, 8, 2048, 256, 2
@@ -43,10 +46,21 @@ def one_pass(model: MemoryTransformerForCausalLM, ids: torch.Tensor) -> float:
     return time.process_time() - start
 
 
-def chapters_read(model: MemoryTransformerForCausalLM, ids: torch.Tensor) -> float:
-    """Share of the chapters that some token read."""
+def rows_read(model: MemoryTransformerForCausalLM, ids: torch.Tensor) -> list[torch.Tensor]:
+    """The numbers of the rows that some token read, for every memory layer."""
     with torch.no_grad():
-        return (model(input_ids=ids, use_cache=False).router_usage > 0).float().mean().item()
+        model(input_ids=ids, use_cache=False)
+    layers = [module for module in model.modules() if isinstance(module, BankAttention)]
+    chapters = [layer.record.usage.nonzero() for layer in layers if layer.record is not None]
+    return [(read * CHAPTER + torch.arange(CHAPTER)).flatten() for read in chapters]
+
+
+def table_pass(table: torch.nn.Embedding, read: list[torch.Tensor]) -> float:
+    """Seconds of the processor for looking rows up in a table, and its gradient."""
+    table.zero_grad(set_to_none=True)
+    start = time.process_time()
+    torch.stack([table(rows).sum() for rows in read]).sum().backward()
+    return time.process_time() - start
 
 
 def times(rounds: int) -> list[dict[str, float | int | str]]:
@@ -55,19 +69,28 @@ def times(rounds: int) -> list[dict[str, float | int | str]]:
     results: list[dict[str, float | int | str]] = []
     for strategy in STRATEGIES:
         models = {rows: model_of(rows, strategy) for rows in SIZES}
-        seconds: dict[int, list[float]] = {rows: [] for rows in SIZES}
+        read = {rows: rows_read(model, ids) for rows, model in models.items()}
+        tables = {rows: torch.nn.Embedding(rows, HIDDEN) for rows in SIZES}
+        seconds: dict[int, list[tuple[float, float]]] = {rows: [] for rows in SIZES}
         for turn in range(rounds + 1):
             for rows, model in models.items():
-                taken = one_pass(model, ids)
+                taken = one_pass(model, ids), table_pass(tables[rows], read[rows])
                 if turn:  # the first warms up
                     seconds[rows].append(taken)
-        for rows, model in models.items():
-            best, smallest = min(seconds[rows]), min(seconds[SIZES[0]])
-            read = chapters_read(model, ids)
-            results.append(
-                {"strategy": strategy, "rows": rows, "seconds": best, "times": best / smallest, "chapters_read": read}
-            )
-            print(f"{strategy:7} {rows:7} rows: {best:.3f} s, {best / smallest:.2f} times, {read:.0%} read", flush=True)
+        best = {rows: [min(times) for times in zip(*turns, strict=True)] for rows, turns in seconds.items()}
+        whole, table = best[SIZES[0]]
+        for rows, (taken, looked_up) in best.items():
+            found = {
+                "strategy": strategy,
+                "rows": rows,
+                "seconds": taken,
+                "times": taken / whole,
+                "table_seconds": looked_up,
+                "times_without_table": (taken - looked_up) / (whole - table),
+                "rows_read": sum(len(index) for index in read[rows]) / len(read[rows]) / rows,
+            }
+            results.append(found)
+            print(json.dumps(found), flush=True)
     return results
 
 

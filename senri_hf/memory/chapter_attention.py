@@ -15,9 +15,9 @@ from torch import Tensor
 # Values that one block of tiles may hold of each kind: fits a CPU's cache, and keeps a GPU busy.
 BLOCK_VALUES = {"cpu": 1 << 20}
 BLOCK_VALUES_ELSEWHERE = 1 << 25
-# Rows of a tile's query matrix (tokens times heads) below which matrix products waste their width.
-LEAST_TILE_ROWS = 8
-LARGEST_TILE = 64
+# What reading a chapter for one more tile costs, in rows of a tile's query matrix (tokens times heads).
+ROWS_OF_A_TILE = 16
+TILE_SIZES = (1, 2, 4, 8, 16, 32, 64)
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,10 @@ class Groups:
         return cls(chapters, counts, order, order // choice.shape[1])
 
     def tile_size(self, query_heads: int) -> int:
-        """Tokens of a tile: about as many as read a chapter."""
-        mean = self.token.numel() // max(1, self.chapters.numel())
-        wanted = max(mean, -(-LEAST_TILE_ROWS // query_heads))
-        return min(1 << (wanted - 1).bit_length(), LARGEST_TILE)
+        """Tokens of a tile: few tiles, and few places in them that hold no pair. Asks the device once."""
+        sizes = torch.tensor(TILE_SIZES, device=self.counts.device)
+        tiles = ((self.counts[:, None] + sizes - 1) // sizes).sum(0)
+        return TILE_SIZES[int((tiles * (sizes * query_heads + ROWS_OF_A_TILE)).argmin())]
 
     def tiles(self, size: int) -> tuple[Tensor, Tensor, Tensor]:
         """Cut every chapter's pairs into tiles of `size`.

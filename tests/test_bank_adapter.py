@@ -42,6 +42,21 @@ def test_any_cache_carries_what_tokens_are_routed_by(arch: str) -> None:
 
 
 @pytest.mark.parametrize("strategy", CAUSAL_STRATEGIES)
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@torch.no_grad()
+def test_a_cache_that_the_model_makes_itself_carries_it_too(arch: str, strategy: str) -> None:
+    """Pass by pass, as it is returned."""
+    model, ids = Subject(arch, "bank", "default").build(**routed(strategy), routing_window_size=4), tokens(2, 12)
+    whole = model(input_ids=ids, use_cache=False, prompt_lengths=torch.tensor([6, 6])).logits
+    logits, cache = [], None
+    for part in (ids[:, :6], *ids[:, 6:].split(1, dim=1)):
+        output = model(input_ids=part, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        logits.append(output.logits)
+    assert_close(torch.cat(logits, dim=1), whole, "logits")
+
+
+@pytest.mark.parametrize("strategy", CAUSAL_STRATEGIES)
 @pytest.mark.parametrize("way", ["beams", "prompt lookup", "static cache", "memory", "prompt lookup with memory"])
 @torch.no_grad()
 def test_every_way_to_generate_gives_the_text_of_the_full_forward(strategy: str, way: str) -> None:
@@ -152,6 +167,13 @@ def test_losses_of_routers_reach_the_loss() -> None:
     assert_close(loss, plain + waiting, "loss")
     with model.disable_adapter():
         assert_close(model(input_ids=ids, labels=ids).loss, model.eval()(input_ids=ids, labels=ids).loss, "disabled")
+
+
+def test_losses_of_routers_reach_a_loss_in_a_tuple() -> None:
+    model, ids = BANK.build(load_balance_coefficient=5.0).train(), tokens(2, 9)
+    expected = model(input_ids=ids, labels=ids).loss
+    assert expected > model.eval()(input_ids=ids, labels=ids).loss + 1
+    assert_close(model.train()(input_ids=ids, labels=ids, return_dict=False)[0], expected, "loss")
 
 
 def test_losses_of_routers_are_weighed_by_the_labels_of_a_pass() -> None:

@@ -154,7 +154,9 @@ def test_packed_documents_do_not_leak(kind: str) -> None:
     """Neither through attention nor through what tokens are routed by."""
     model, first, second = build(**KINDS[kind]), tokens(1, 8, seed=3), tokens(1, 6, seed=4)
     positions = torch.cat([torch.arange(8), torch.arange(6)])[None]
-    together = model(torch.cat([first, second], dim=1), position_ids=positions, use_cache=False).logits
+    together = model(
+        torch.cat([first, second], dim=1), position_ids=positions
+    ).logits  # asks for a cache, which rows of documents have none of
     assert_close(together[:, :8], model(first).logits, "first document")
     assert_close(together[:, 8:], model(second).logits, "second document")
 
@@ -277,6 +279,8 @@ def test_losses_of_routers_reach_the_loss_of_a_classifier(tmp_path: Path) -> Non
     assert_close(out.loss, plain + waiting, "loss")
     assert_close(model(ids, labels=labels, return_dict=False)[0], out.loss, "loss in a tuple")
     assert_close(model.eval()(ids, labels=labels).loss, plain, "loss in evaluation")
+    model.train()(ids)  # a pass whose router loss nobody takes
+    assert_close(model.eval()(ids, labels=labels).loss, plain, "loss in evaluation after it")
     expected = model.train()(ids[:1], labels=labels[:1]).loss.item()
     rows = [{"input_ids": ids[0], "labels": labels[0]}] * 4
     arguments = TrainingArguments(
@@ -359,9 +363,20 @@ WRONG: list[tuple[dict[str, Any], str]] = [
             ("top_k", "'top_k_chapters'"),
             ("use_memory_adapter", "'vanilla_mode'"),
             ("use_lora", "LoraConfig"),
+            ("tokens_per_chapter", "'num_chapters'"),
         )
     ),
     ({"something_else": 4}, "something_else is no setting of MemoryTransformerConfig$"),
+    *(
+        ({name: 4}, f"{name} is no setting of MemoryTransformerConfig")
+        for name in ("bank_rows", "memory_layers", "routing_strategies", "looks_ahead", "check_bank", "to_dict")
+    ),
+    *(
+        ({name: 0}, f"^{name}=0 was given")
+        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
+    ),
+    ({"num_key_value_heads": 3}, "num_key_value_heads=3 was given, but it must divide num_attention_heads"),
+    ({"routed_scaling_factor": float("inf")}, "routed_scaling_factor=inf"),
     ({"num_memory_tokens": 0}, "num_memory_tokens=0"),
     ({"num_memory_tokens": "many"}, "^Field .num_memory_tokens. expected int, got str"),
 ]

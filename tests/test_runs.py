@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,13 +18,13 @@ import pytest
 import torch
 from models import tiny_model
 from peft import LoraConfig
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, EarlyStoppingCallback, PreTrainedTokenizerFast
 
 from senri_hf.commands.main import main
-from senri_hf.configuration.run import SECTIONS, RunConfig
+from senri_hf.configuration.run import SCHEDULERS, SECTIONS, RunConfig
 from senri_hf.memory.bank import MemoryBank
 from senri_hf.memory.bank_reader import BankAttention
 from senri_hf.training import RouterLossMixin
@@ -390,6 +392,7 @@ WRONG: list[tuple[list[str], str]] = [
     (["max_length=1"], "max_length=1 .* at least 2"),
     (["optimizer=adamww"], "did you mean 'adamw'"),
     (["scheduler=cosin"], "did you mean 'cosine'"),
+    (["scheduler=reduce_lr_on_plateau"], "scheduler='reduce_lr_on_plateau' .* must be one of"),
     (["rope_theta=-1"], "rope_theta=-1"),
     (["norm_eps=-1"], "norm_eps=-1"),
 ]
@@ -713,3 +716,32 @@ def test_losses_of_routers_reach_trainers_that_pass_the_model_by(place: Path) ->
     model.eval()
     with torch.no_grad():
         assert Mixed().compute_loss(model, inputs) == pytest.approx(plain.item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_every_schedule_rises_and_never_falls_below_its_floor(scheduler: str, place: Path) -> None:
+    rates = Seen(place, "new", f"scheduler={scheduler}", "min_lr_ratio=0.25", "warmup_steps=2").schedule()
+    assert rates[2] == 1 and min(rates[2:]) >= 0.25
+
+
+def test_a_run_does_not_begin_among_the_checkpoints_of_another(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It would be resumed from them; to go on is asked for by name."""
+    settings = [*settings_of(place, "new", tmp_path / "run"), "save_steps=2", "eval_steps=2"]
+    assert main(["train", "--config", os.devnull, *settings]) == 0
+    assert main(["train", "--config", os.devnull, *settings]) == 2
+    assert "holds checkpoints of an earlier run; go on from them with --resume" in capsys.readouterr().err
+    assert main(["train", "--config", os.devnull, "--resume", str(tmp_path / "run"), *settings]) == 0
+
+
+def test_what_an_earlier_run_left_in_a_folder_is_not_loaded(place: Path, tmp_path: Path) -> None:
+    """A LoRA and a base model that the settings beside it know nothing of."""
+    for name, changes in (("both", ["use_both_memory_and_lora=true"]), ("memory", [])):
+        assert main(["train", "--config", os.devnull, *settings_of(place, "base", tmp_path / name), *changes]) == 0
+    final = tmp_path / "memory" / "final_model"
+    expected = runs.load_checkpoint(final).model.state_dict()
+    shutil.copytree(tmp_path / "both" / "final_model" / "lora", final / "lora")
+    save_file({"model.norm.weight": torch.zeros(1)}, final / "base_parameters.safetensors")
+    found = runs.load_checkpoint(final).model.state_dict()
+    assert found.keys() == expected.keys()

@@ -7,8 +7,11 @@ import pytest
 import torch
 from chatting import byte_tokenizer, chat_model
 from datasets import Dataset
+from models import tiny_model
+from peft import get_peft_model
 
-from senri_hf import EpisodeCollator, MemoryCache, MemoryTrainer, MemoryTrainingArguments
+from senri_hf import EpisodeCollator, MemoryAdapterConfig, MemoryCache, MemoryTrainer, MemoryTrainingArguments
+from senri_hf.memory.router_loss import take_router_loss
 from senri_hf.training import ask, encode_conversation, tell
 from senri_hf.training.trainer import SCALARS, retrieval_loss
 
@@ -293,3 +296,19 @@ def test_asking_leaves_the_memory_as_it_is(model: Any, tokenizer: Any) -> None:
     replies = ask(model, tokenizer, [say("who", "")[:1]] * 2, memory, max_new_tokens=4)
     assert len(replies) == 2
     assert all(torch.equal(before[name], tensor) for name, tensor in memory.state_dict().items())
+
+
+@pytest.mark.parametrize("coefficient", [0.0, 3.0])
+def test_losses_of_routers_are_learned_beside_answers(coefficient: float, tokenizer: Any, tmp_path: Path) -> None:
+    """The mean over the conversations that were read with a graph; in evaluation they stay out."""
+    bank = MemoryAdapterConfig(
+        mechanism="bank", layers_to_transform=[1], num_memory_tokens=16, use_chapters=True, num_chapters=4,
+        top_k_chapters=2, load_balance_coefficient=coefficient, use_z_loss=False, task_type="CAUSAL_LM",
+    )  # fmt: skip
+    model = get_peft_model(tiny_model("llama", vocab_size=len(tokenizer)), bank)
+    runner, episodes = trainer(model, tokenizer, tmp_path), batch(tokenizer)
+    evaluated, _ = runner.run_episodes(model.eval(), episodes)
+    loss, _ = runner.run_episodes(model.train(), episodes)
+    spread = loss - evaluated  # load balance is 1 where chapters are read evenly
+    assert 0.9 * coefficient <= spread <= 4 * coefficient + 1e-6
+    assert take_router_loss(model) is None

@@ -4,9 +4,11 @@ Hooks are functions of this module (closures would break deepcopy and pickle) an
 They run outside of gradient checkpointing, which recomputes `forward` only, so that nothing is written twice.
 """
 
+import inspect
 from typing import Any, cast
 
 from torch import nn
+from transformers import DynamicCache, PreTrainedModel
 
 from ..memory.decoder import find_decoder, named_arguments
 from ..memory.router_loss import take_router_loss, with_router_loss
@@ -23,12 +25,35 @@ def model_pre_hook(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     return args, {name: value for name, value in kwargs.items() if name != "prompt_lengths"}
 
 
-def decoder_pre_hook(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def decoder_pre_hook(
+    decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Note this pass's memory cache and which tokens are real."""
     context: ForwardContext = decoder.memory_context  # type: ignore[assignment]
-    context.begin(named_arguments(decoder, args, kwargs))
+    given = named_arguments(decoder, args, kwargs)
+    context.begin(given)
     if context.memory is not None and context.ids is None:
         check_embeddings(decoder)
+    if not makes_cache(decoder, context, given):
+        return None
+    context.cache = DynamicCache(config=cast(PreTrainedModel, decoder).config)
+    return (), given | {"past_key_values": context.cache}
+
+
+def makes_cache(decoder: nn.Module, context: ForwardContext, given: dict[str, Any]) -> bool:
+    """Whether a decoder would make a cache in this pass that a block keeps a part of the context in.
+
+    Of one that is made within the decoder's forward its layers' hooks learn nothing.
+    """
+    if context.cache is not None or "past_key_values" not in inspect.signature(type(decoder).forward).parameters:
+        return False
+    adapters = (module for module in decoder.modules() if isinstance(module, MemoryAdapterLayer))
+    if not any(block.keeps_context for adapter in adapters for block in adapter.blocks.values()):
+        return False
+    use_cache = given.get("use_cache")
+    asked = cast(PreTrainedModel, decoder).config.use_cache if use_cache is None else use_cache
+    checkpointed = decoder.training and bool(getattr(decoder, "gradient_checkpointing", False))
+    return bool(asked) and not checkpointed and context.tokens_and_documents[1] is None
 
 
 def check_embeddings(decoder: nn.Module) -> None:
@@ -47,9 +72,14 @@ def decoder_hook(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 
 def model_hook(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     """Add the losses of the blocks' routers to the loss that a model computes in training."""
-    labels, loss = kwargs.get("labels"), getattr(output, "loss", None)
-    if labels is not None and loss is not None and model.training:
-        output.loss = with_router_loss(loss, take_router_loss(model), labels, kwargs.get("num_items_in_batch"))
+    labels = named_arguments(model, args, kwargs).get("labels")
+    if labels is None or not model.training:
+        return output
+    loss = output[0] if isinstance(output, tuple) else output.loss  # the first where there are labels
+    loss = with_router_loss(loss, take_router_loss(model), labels, kwargs.get("num_items_in_batch"))
+    if isinstance(output, tuple):
+        return (loss, *output[1:])
+    output.loss = loss
     return output
 
 

@@ -29,6 +29,8 @@ def run_train(arguments: argparse.Namespace) -> int:
         config.training.resume_from_checkpoint = arguments.resume
     resumed = config.training.resume_from_checkpoint
     checkpoint = None if resumed is None else str(runs.checkpoint_to_resume(Path(resumed)))
+    if checkpoint is None:
+        runs.check_unused(Path(config.training.output_dir))
     run = runs.prepare(config)
     trainer = runs.trainer_of(run)
     if trainer.args.should_save:

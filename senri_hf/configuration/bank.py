@@ -1,6 +1,7 @@
 """Settings of the bank mechanism."""
 
 import difflib
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
@@ -127,7 +128,8 @@ class BankConfig:
             value = getattr(self, name)
             if name == "memory_dropout" and value is None:
                 continue
-            if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= highest:
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            if not is_number or not 0 <= value <= highest:
                 raise ValueError(f"{name}={value!r} was given, but {name} must be a number from 0 to {highest}")
         for name, allowed in (
             ("memory_sharing", SHARING),

@@ -30,6 +30,7 @@ ELSEWHERE = {
     "memory_size": "'num_memory_tokens'",
     "num_memory": "'num_memory_tokens'",
     "top_k": "'top_k_chapters'",
+    "tokens_per_chapter": "'num_chapters' (num_memory_tokens of which are that many in each)",
     "use_memory_adapter": "'vanilla_mode' (its opposite)",
     "use_flash_attention": "'attn_implementation'",
     **dict.fromkeys(
@@ -125,7 +126,7 @@ class MemoryTransformerConfig(BankConfig, PreTrainedConfig):
             if not self._reads(name):
                 raise ValueError(f"{name} is no setting of {type(self).__name__}{self._meant(name)}")
         if self.head_dim is None:
-            self.head_dim = self.hidden_size // self.num_attention_heads
+            self.head_dim = self.hidden_size // max(1, self.num_attention_heads)  # none is refused below
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         super().__post_init__(**kwargs)
@@ -151,7 +152,8 @@ class MemoryTransformerConfig(BankConfig, PreTrainedConfig):
     @classmethod
     def _reads(cls, name: str) -> bool:
         """Whether a name says something to this config or to transformers."""
-        return name in ALSO_READ or name.startswith("_") or hasattr(cls, name) or name in (f.name for f in fields(cls))
+        of_transformers = not callable(getattr(PreTrainedConfig, name, print))
+        return name in ALSO_READ or name.startswith("_") or of_transformers or name in (f.name for f in fields(cls))
 
     @classmethod
     def _meant(cls, name: str) -> str:
@@ -165,7 +167,19 @@ class MemoryTransformerConfig(BankConfig, PreTrainedConfig):
         return difflib.get_close_matches(name, [f.name for f in fields(cls)], 1, cutoff=0.85)
 
     def validate_architecture(self) -> None:
-        """Part of strict validation: heads divide the width."""
+        """Part of strict validation: sizes, and heads that divide the width."""
+        sizes = (
+            "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+            "num_key_value_heads", "max_position_embeddings",
+        )  # fmt: skip
+        for name in sizes:
+            check_whole(name, getattr(self, name), 1)
+        assert self.num_key_value_heads is not None  # it is the number of heads, where nothing is said
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads={self.num_key_value_heads} was given, but it must divide num_attention_heads="
+                f"{self.num_attention_heads}"
+            )
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} was given, but it must divide hidden_size="

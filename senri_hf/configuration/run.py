@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import yaml
-from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from .bank import BankConfig, check_choice, check_whole
@@ -25,6 +24,10 @@ SAVED_PRECISIONS = ("fp32", "fp16", "bf16")
 ARCHITECTURE = {**SIZES, "vocab_size": "vocab_size"}
 POSITIONS_AND_NORMS = ("use_rope", "rope_theta", "use_rms_norm")
 OPTIMIZERS = {"adamw": "adamw_torch"}
+# Those of transformers that need no arguments of their own; `min_lr_ratio` is where they end.
+SCHEDULERS = (
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt", "constant", "constant_with_warmup",
+)  # fmt: skip
 
 
 @dataclass
@@ -214,7 +217,7 @@ class TrainingSection:
             ("fsdp_sharding_strategy", SHARDING),
             ("mixed_precision", PRECISIONS),
             ("optimizer", (*OPTIMIZERS, *(name.value for name in OptimizerNames))),
-            ("scheduler", tuple(name.value for name in SchedulerType)),
+            ("scheduler", SCHEDULERS),
         ):
             check_choice(name, getattr(self, name), allowed)
         if self.save_precision is not None:

@@ -253,7 +253,8 @@ class MemoryTransformerModel(MemoryTransformerPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         assert inputs_embeds is not None
         if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+            is_packed = document_starts(inputs_embeds, attention_mask, position_ids, kwargs) is not None
+            past_key_values = None if is_packed else DynamicCache(config=self.config)
         memory_pass = self.memory_pass(
             input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, prompt_lengths, kwargs
         )
@@ -397,7 +398,7 @@ class MemoryTransformerForCausalLM(CausalLanguageModel, MemoryTransformerPreTrai
             **kwargs,
         )
         predictions = self.predictions(outputs, labels, logits_to_keep, **kwargs)
-        if labels is not None:
+        if labels is not None and self.training:
             waiting, items = self.model.router_loss.take(), kwargs.get("num_items_in_batch")
             predictions["loss"] = with_router_loss(predictions["loss"], waiting, labels, items)
         return MemoryCausalLMOutputWithPast(
@@ -453,6 +454,6 @@ class MemoryTransformerForSequenceClassification(GenericForSequenceClassificatio
             use_cache=use_cache,
             **{**kwargs, "return_dict": True},
         )
-        if labels is not None:
+        if labels is not None and self.training:
             output.loss = with_router_loss(output.loss, self.model.router_loss.take(), labels)
         return output

@@ -82,6 +82,12 @@ class LanguageModelTrainer(RouterLossMixin, FlooredSchedule):
                 f"FSDP was asked for, but processes of the kind {self.accelerator.distributed_type.value} would not "
                 "shard the model; start the run without --cpu, or use distributed_strategy=ddp"
             )
+        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        if plugin is not None and plugin.activation_checkpointing and hasattr(self.model, "peft_config"):
+            raise ValueError(
+                "FSDP's activation checkpointing was asked for, but it calls layers again with their hooks, by which "
+                "adapters act, when the pass that they belong to is over; use gradient_checkpointing=true instead"
+            )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer of `args`, with a learning rate for every kind of parameter."""

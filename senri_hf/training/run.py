@@ -85,9 +85,11 @@ def load_checkpoint(checkpoint: str | Path, config: RunConfig | None = None) -> 
         tokenizer = AutoTokenizer.from_pretrained(folder)
     if is_adapter:
         base = PeftModel.from_pretrained(base, str(folder))
-        if config.memory.has_memory and (folder / "lora").is_dir():
+        # What an earlier run in the same place left stays out.
+        if config.memory.has_memory and config.memory.has_lora and (folder / "lora").is_dir():
             load_lora(base, folder / "lora")
-        load_base_parameters(base, folder)
+        if not config.model.freeze_base_model:
+            load_base_parameters(base, folder)
     return Run(config, base.eval(), tokenizer)
 
 
@@ -434,6 +436,15 @@ def checkpoint_to_resume(folder: Path) -> Path:
     return max(whole, key=lambda place: int(place.name.rpartition("-")[2]))
 
 
+def check_unused(folder: Path) -> None:
+    """ValueError where the folder of a run that begins anew holds checkpoints of another."""
+    if any(is_whole(place) for place in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
+        raise ValueError(
+            f"output_dir={folder} holds checkpoints of an earlier run; go on from them with --resume {folder}, name "
+            "another output_dir, or remove them"
+        )
+
+
 def is_whole(checkpoint: Path) -> bool:
     """Whether all of a checkpoint was written: a `Trainer` writes its own state last."""
     try:
@@ -447,6 +458,8 @@ def save(run: Run, trainer: LanguageModelTrainer) -> Path:
     """Write the final model, in `save_precision`, with its tokenizer and settings; returns its folder."""
     folder = Path(run.config.training.output_dir) / FINAL
     scratch = folder.with_name(f".{FINAL}")
+    if trainer.args.should_save:
+        shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed while it wrote
     precision = run.config.training.save_precision
     if precision is not None:
         trainer.accelerator.unwrap_model(trainer.model).to(DTYPES[precision])

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import EvalPrediction
 
 from ..memory import MemoryCache
+from ..memory.router_loss import take_router_loss
 from .arguments import MemoryTrainingArguments
 from .episodes import IGNORED, learned_columns
 from .groups import learning_rate_of
@@ -105,7 +106,7 @@ class MemoryTrainer(FlooredSchedule):
         if self.told is not None:
             self.told.read(conversations)
         learning = torch.is_grad_enabled()
-        losses, counts, exact, retrieved = [], [], [], []
+        losses, counts, exact, retrieved, routed = [], [], [], [], []
         for index, conversation in enumerate(conversations):
             learns = bool(conversation["learns"])
             if conversation["keeps"] and self.args.keep_loss_weight:
@@ -120,6 +121,7 @@ class MemoryTrainer(FlooredSchedule):
                 followed = any(later["learns"] for later in conversations[index : group + self.args.detach_every])
                 with torch.set_grad_enabled(learning and followed):
                     logits = model(**model_inputs(conversation), past_key_values=memory, logits_to_keep=columns).logits
+                routed.append(take_router_loss(model))
             if learns:
                 target = conversation["labels"][:, columns + 1]
                 losses.append(
@@ -148,6 +150,9 @@ class MemoryTrainer(FlooredSchedule):
             loss = loss + self.args.predictor_loss_weight * torch.stack(predicted).mean()
         if retrieved and self.args.retrieval_loss_weight:
             loss = loss + self.args.retrieval_loss_weight * torch.stack(retrieved).mean()
+        of_routers = [waiting for waiting in routed if waiting is not None]
+        if of_routers:
+            loss = loss + torch.stack(of_routers).mean()
         rows = conversations[0]["input_ids"].shape[0]
         return loss, torch.stack(exact) if exact else loss.new_full((1, rows), torch.nan)
 

@@ -47,7 +47,7 @@ from transformers import (
 )
 
 from senri_hf import MemoryCache
-from senri_hf.configuration.attention_memory import AttentionMemoryConfig
+from senri_hf.configuration.attention_memory import READ_BY, AttentionMemoryConfig
 from senri_hf.memory import file
 from senri_hf.memory.attention_memory import Said, Slots, consolidate
 from senri_hf.memory.served import NotServedError
@@ -473,9 +473,9 @@ def said(surprise: list[float], **columns: Any) -> Said:
 
 
 def after(conversations: list[Said], **settings: Any) -> Slots:
-    config = AttentionMemoryConfig(
-        **{"slots": 8, "sinks": 0, "span": 0, "keep_share": 1.0, "decay_rate": 1.0, "min_surprise": 0.0, **settings}
-    )
+    plain = {"span": 0, "keep_share": 1.0, "decay_rate": 1.0, "min_surprise": 0.0}
+    read = {name: value for name, value in plain.items() if settings.get("policy", "surprise") in READ_BY[name]}
+    config = AttentionMemoryConfig(**{"slots": 8, "sinks": 0, **read, **settings})
     slots = Slots.empty(1, 0, torch.device("cpu"))
     for conversation in conversations:
         slots, _ = consolidate(slots, conversation, config)
@@ -611,6 +611,11 @@ def test_every_setting_does_what_it_says(name: str) -> None:
         ({"decay_rate": float("nan")}, "decay_rate=nan"),
         ({"span": True}, "span=True"),
         ({"sinks": 30, "slots": 30}, "sinks=30.*no room"),
+        (
+            {"policy": "recent", "keep_share": 0.3},
+            "keep_share=0.3 .*policy='recent'.* for policy='surprise' or 'random'",
+        ),
+        ({"policy": "random", "decay_rate": 0.5}, "decay_rate=0.5 .*policy='random'.* for policy='surprise'"),
         ({"slot": 12}, "'slot'; did you mean 'slots'"),
         ({"zzz": 12}, "there are slots, policy"),
     ],

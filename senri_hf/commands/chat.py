@@ -243,7 +243,7 @@ class Session:
         print()
         note(
             f"[{'stopped, ' if self.stop.is_set() else ''}{info.tokens_read} tokens read, {info.tokens_generated} "
-            f"generated, {info.tokens_written} into memory ({info.memory_bytes:,} bytes), "
+            f"generated, {info.tokens_written} for memory ({info.memory_bytes:,} bytes), "
             f"{info.seconds_per_token:.3f} s per token]"
         )
 

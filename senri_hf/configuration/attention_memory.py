@@ -9,6 +9,13 @@ from typing import Any, Self
 # benchmarks/training_free_settings.py.
 SHARPNESS = 1.2
 POLICIES = ("surprise", "recent", "random", "all")
+# Settings that not every policy reads, with those that do.
+READ_BY = {
+    "keep_share": ("surprise", "random"),
+    **dict.fromkeys(
+        ("min_surprise", "span", "decay_rate", "read_gain", "min_importance", "merge_similarity"), ("surprise",)
+    ),
+}
 
 
 @dataclass
@@ -16,7 +23,7 @@ class AttentionMemoryConfig:
     """What is kept of a conversation's keys and values, and for how long.
 
     The importance of a token is its surprise, -log p under the model in nats, less with every conversation that passes
-    and more when it is read.
+    and more when it is read. Settings of importance are `policy="surprise"`'s; with another policy they are refused.
 
     Args:
         slots: Tokens that memory holds at most.
@@ -24,7 +31,7 @@ class AttentionMemoryConfig:
             any, for comparison; `"all"`: everything, and an error when it does not fit.
         keep_share: Share in (0, 1] of a conversation's tokens that may stay, the most important ones, for
             `policy="surprise"` and `"random"`. Even where there is room, less is remembered better.
-        min_surprise: A token less surprising than this, in nats, is not taken in by `policy="surprise"`.
+        min_surprise: A token less surprising than this, in nats, is not taken in.
         span: Tokens after a surprising one that are as important as it is: a name is often several tokens, of which
             only the first surprises.
         sinks: The first tokens of a memory's life, which stay for good: attention needs somewhere to rest.
@@ -58,6 +65,13 @@ class AttentionMemoryConfig:
                 raise ValueError(f"{name}={value!r} was given, but {name} must be a whole number of at least {least}")
         if self.policy not in POLICIES:
             raise ValueError(f"policy={self.policy!r} was given, but policy must be one of {POLICIES}")
+        defaults = {f.name: f.default for f in fields(self)}
+        for name, policies in READ_BY.items():
+            if self.policy not in policies and getattr(self, name) != defaults[name]:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} was given with policy={self.policy!r}, which does not read it; it "
+                    f"is for policy={' or '.join(map(repr, policies))}"
+                )
         if self.sharpness is None:
             self.sharpness = 1.0 if self.policy == "all" else SHARPNESS
         infinity = float("inf")

@@ -484,7 +484,7 @@ class CompressiveLayer(MemoryLayer):
             largest["filled"] = self.shape.slot_tokens - 1
         for name, most in largest.items():
             counts = tensors[name].tolist()
-            if not all(0 <= count and (most is None or count <= most) for count in counts):
+            if not all(count >= 0 and (most is None or count <= most) for count in counts):
                 raise ValueError(
                     f"The memory of layer {self.layer_idx} is damaged: {name} is {counts}, but must be at least 0"
                     f"{'' if most is None else f' and at most {most}'}. Use an earlier copy"

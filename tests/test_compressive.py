@@ -11,6 +11,7 @@ from torch import Tensor
 
 from senri_hf.memory import compressive_reference as reference
 from senri_hf.memory.compressive import (
+    NUMBERS_AT_ONCE,
     UpdateRule,
     elu_features,
     read,
@@ -285,3 +286,23 @@ def of(rule: UpdateRule, stream: Stream, run: Callable[..., list[Tensor]]) -> li
     outputs, leaves = stream.run(rule, run)
     loss = sum((output.square().sum() for output in outputs), torch.zeros(()))
     return [*outputs, *torch.autograd.grad(loss, leaves, materialize_grads=True)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("heads", "length"), [(1, 8192), (8, 4096)])
+def test_reading_takes_no_more_space_for_longer_texts(heads: int, length: int) -> None:
+    """What pieces find is dropped: of large heads a matrix for every chunk of the text would be most of the space."""
+    size, largest = 256, 0
+
+    class Largest(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal largest
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, Tensor) and out.untyped_storage().nbytes() > largest:
+                largest = out.untyped_storage().nbytes()
+            return out
+
+    stream = [torch.randn(heads, length, size).abs() for _ in range(3)]
+    with Largest():
+        read_and_write(torch.zeros(heads, size, size), torch.zeros(heads, size), *stream, UpdateRule("delta"))
+    assert largest <= max(4 * NUMBERS_AT_ONCE + 4 * size * size * heads, stream[0].nbytes)

@@ -21,6 +21,8 @@ from .compressive_scan import scan
 
 # Chunks of all heads and rows that a processor takes at once: of 32 tokens, their triangles are 1 MB each.
 CHUNKS_AT_ONCE = 256
+# Numbers in the matrices that chunks taken at once find: 16 MB on a processor.
+NUMBERS_AT_ONCE, NUMBERS_AT_ONCE_ON_GPU = 2**22, 2**27
 
 
 @dataclass(frozen=True)
@@ -154,10 +156,8 @@ def read_and_write(
         chunk = chunk or fitting_chunk(keys.shape[-1])
         if compressive_kernels.serve(keys, values, rule):
             return by_kernel(memory, normaliser, queries, keys, values, rule, *gates, with_norm, chunk)
-        # Piece by piece, so that what is computed in parallel stays in the processor's cache; all at once elsewhere.
-        length = keys.shape[-2]
-        piece = length if keys.is_cuda else chunk * max(1, CHUNKS_AT_ONCE // max(1, keys[..., 0, 0].numel()))
-        found = []
+        length, found = keys.shape[-2], []
+        piece = chunk * chunks_at_once(memory)
         for start in range(0, length, piece):
             part = slice(start, start + piece)
             q, k, v = (tensor[..., part, :] for tensor in (queries, keys, values))
@@ -169,6 +169,16 @@ def read_and_write(
         norms = torch.cat([reads.norm for reads in found], -1) if with_norm else None  # type: ignore[misc]
         values, match = torch.cat([reads.values for reads in found], -2), torch.cat([r.match for r in found], -1)
         return Reads(values, match, norms), memory, normaliser
+
+
+def chunks_at_once(memory: Tensor) -> int:
+    """How many chunks a piece has that is computed in parallel: on a processor as many as stay in its cache, and
+    nowhere so many that the matrices [*, d_k, d_v] that they find are what takes the space.
+    """
+    most = NUMBERS_AT_ONCE_ON_GPU if memory.is_cuda else NUMBERS_AT_ONCE
+    heads = max(1, memory[..., 0, 0].numel())
+    chunks = most // max(1, memory.numel())
+    return max(1, chunks if memory.is_cuda else min(chunks, CHUNKS_AT_ONCE // heads))
 
 
 def fitting_chunk(size: int) -> int:

@@ -72,8 +72,12 @@ def associative_section(found: dict[str, Any]) -> list[str]:
     for key, of in found.items():
         model, pairs, steps, rate, seed = key.split(" | ")
         rows.append([model, pairs, steps, seed, f"{of['accuracy']:.3f}", f"{of['bytes of state']:,}"])
-    lines = ["Two layers of width 64, one of attention and the one that is named; every pair is told and then asked for."]
-    lines += ["`python benchmarks/associative_recall.py`; models, seeds and numbers of pairs that are not here were not run."]
+    lines = [
+        "Two layers of width 64, one of attention and the one that is named; every pair is told and then asked for."
+    ]
+    lines += [
+        "`python benchmarks/associative_recall.py`; models, seeds and numbers of pairs that are not here were not run."
+    ]
     return [*lines, "", *table(["model", "told", "training", "seed", "accuracy", "bytes of state"], rows)]
 
 

@@ -108,5 +108,10 @@ def test_the_page_says_what_the_files_say(load: Any, tmp_path: Path, monkeypatch
     page = load("senri_results.py")
     committed = (page.DOCS / "senri_results.md").read_text(encoding="utf-8")
     assert "\n".join(page.render()) + "\n" == committed
+    recall = page.stored("compressive")["recall"]
+    better, default = (page.percent(recall[rule]["16"]) for rule in ("gated_delta", "delta"))
+    readme, guide = ((page.DOCS.parent / name).read_text(encoding="utf-8") for name in ("README.md", "docs/senri.md"))
+    assert f"{better} against {default}" in " ".join(readme.split())
+    assert f"finds {better} of 16 pairs again where `delta` finds {default}" in " ".join(guide.split())
     monkeypatch.setattr(page, "DOCS", tmp_path)
     assert page.render().count("Not run yet.") == 8

@@ -57,7 +57,8 @@ def speed_section(found: dict[str, Any]) -> list[str]:
             cells = [f"`{rule}`"]
             for form in ("forward", "forward and backward"):
                 chunks = of[f"chunks, {form}"]
-                cells += [f"{1e3 * chunks:.1f}", f"{of[f'reference, {form}'] / chunks:.0f}"]
+                reference = of.get(f"reference, {form}")
+                cells += [f"{1e3 * chunks:.1f}", "not run" if reference is None else f"{reference / chunks:.0f}"]
             rows.append(cells)
         theirs = [f"{1e3 * seconds['gated_delta'][f'transformers, {form}']:.1f}" for form in
                   ("forward", "forward and backward")]  # fmt: skip
@@ -70,8 +71,8 @@ def speed_section(found: dict[str, Any]) -> list[str]:
 def associative_section(found: dict[str, Any]) -> list[str]:
     rows = []
     for key, of in found.items():
-        model, pairs, steps, rate, seed = key.split(" | ")
-        rows.append([model, pairs, steps, seed, f"{of['accuracy']:.3f}", f"{of['bytes of state']:,}"])
+        model, pairs, *training, seed = key.split(" | ")
+        rows.append([model, pairs, ", ".join(training), seed, f"{of['accuracy']:.3f}", f"{of['bytes of state']:,}"])
     lines = [
         "Two layers of width 64, one of attention and the one that is named; every pair is told and then asked for."
     ]
@@ -97,8 +98,9 @@ def cost_section(found: dict[str, Any]) -> list[str]:
 def passkey_section(found: dict[str, Any]) -> list[str]:
     lines = [
         "Memory layers only, `gated_delta`, trained on texts of up to 2,048 tokens. Longer ones are read in pieces of",
-        "1,024 tokens, between which the context is cleared. Keys that are right, all five digits, by where in the text",
-        "they were told (0: at its beginning); beside them digits where memory is reset with the context.",
+        "1,024 tokens, between which the context is cleared. Keys that are right, all five digits, by where in the",
+        "text they were told (0: at its beginning; 0.25: across the end of a piece); beside them digits that are",
+        "right, and digits where memory is reset with the context.",
         "`python benchmarks/passkey.py`.",
     ]
     for name, run in found.items():
@@ -149,8 +151,8 @@ def adapter_section(compressive: dict[str, Any], episodic: dict[str, Any] | None
         )
     head = ["adapter", "right", "bytes of a person", "milliseconds of an answer", "milliseconds a token told"]
     return [
-        f"{NAMES[0].upper()}{NAMES[1:]}, told in one process and asked in another; the figures of the two were timed in",
-        "different runs.",
+        f"{NAMES[0].upper()}{NAMES[1:]}, told in one process and asked in another; the two were timed in different",
+        "runs.",
         "",
         *table(head, rows),
     ]

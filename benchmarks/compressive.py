@@ -4,9 +4,9 @@
 
 *Recall*: random Gaussian keys and values, each pair written once into one head of 64; a pair counts as recalled when
 what its key reads has a higher cosine with its value than with any other; `backward` asks by values for keys, which are
-compared without their mean. *Speed*: one row of 4 heads of 64, 4,096
-tokens, processor time of one thread, the chunk form beside the token-by-token reference and beside transformers' own
-`torch_chunk_gated_delta_rule`.
+compared without their mean. *Speed*: one row of 4,096 tokens, heads of several numbers and sizes, processor time of one
+thread, the chunk form beside the reference, which takes one head after another and token by token (one is timed, and
+counted as often as there are heads), and beside transformers' own `torch_chunk_gated_delta_rule`.
 Results are in `docs/compressive.json`.
 """
 
@@ -28,7 +28,11 @@ from senri_hf.memory.compressive import UpdateRule, elu_features, read, read_and
 
 
 OUTPUT = Path(__file__).parents[1] / "docs" / "compressive.json"
-SIZE, HEADS, TOKENS, SEEDS = 64, 4, 4096, 32
+SIZE, TOKENS, SEEDS = 64, 4096, 32
+# Heads and their sizes: those of a model of width 256, one of them, the default of Senri, and many small ones.
+SHAPES = ((4, 64), (1, 64), (1, 512), (32, 16))
+# Of larger heads the reference keeps too much for a gradient: a matrix or more for every token.
+LARGEST_TRAINED = 64
 
 
 def features_of(rule: str) -> Callable[[Tensor], Tensor]:
@@ -63,15 +67,15 @@ def seconds(function: Callable[[], Any], times: int) -> float:
     return min(taken)
 
 
-def speed(rule: str) -> dict[str, float]:
+def speed(rule: str, heads: int, size: int) -> dict[str, float]:
     """Seconds of every form, forward, and forward and backward."""
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, HEADS, TOKENS, SIZE, generator=generator) for _ in range(3))
+    q, k, v = (torch.randn(1, heads, TOKENS, size, generator=generator) for _ in range(3))
     q, k = features_of(rule)(q), features_of(rule)(k)
     gates: list[Tensor | None] = [None, None]
     if rule == "gated_delta":
-        gates = [torch.rand(1, HEADS, TOKENS, generator=generator), -0.1 * torch.rand(1, HEADS, TOKENS)]
-    empty = torch.zeros(1, HEADS, SIZE, SIZE), torch.zeros(1, HEADS, SIZE)
+        gates = [torch.rand(1, heads, TOKENS, generator=generator), -0.1 * torch.rand(1, heads, TOKENS)]
+    empty = torch.zeros(1, heads, size, size), torch.zeros(1, heads, size)
 
     def trained(run: Callable[..., tuple[Tensor, Tensor]]) -> Callable[[], None]:
         def step() -> None:
@@ -85,27 +89,26 @@ def speed(rule: str) -> dict[str, float]:
         reads, memory, _ = read_and_write(*empty, q, k, v, UpdateRule(rule), *gates)
         return reads.values, memory
 
-    def loop() -> None:
-        for head in range(HEADS):
-            tensors = [t[0, head] for t in (*empty, q, k, v)]
-            compressive_reference.read_and_write(
-                *tensors, UpdateRule(rule), *(None if g is None else g[0, head] for g in gates)
-            )
+    def loop(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        tensors = [t[0, 0] for t in (*empty, q, k, v)]
+        given = (None if g is None else g[0, 0] for g in gates)
+        reads, memory, _ = compressive_reference.read_and_write(*tensors, UpdateRule(rule), *given)
+        return reads, memory
 
     def theirs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         moved = [t.transpose(1, 2) for t in (q, k, v, gates[1], gates[0]) if t is not None]
         return torch_chunk_gated_delta_rule(*moved, output_final_state=True)
 
-    found = {}
-    with torch.no_grad():
-        found["chunks, forward"] = seconds(lambda: chunks(q, k, v), 5)
-        if rule == "gated_delta":
-            found["transformers, forward"] = seconds(lambda: theirs(q, k, v), 5)
-        found["reference, forward"] = seconds(loop, 1)
-    found["chunks, forward and backward"] = seconds(trained(chunks), 3)
+    forms = {"chunks": (chunks, 5), "reference": (loop, 1)}
     if rule == "gated_delta":
-        found["transformers, forward and backward"] = seconds(trained(theirs), 3)
-    return found
+        forms["transformers"] = (theirs, 5)
+    found = {}
+    for name, (form, times) in forms.items():
+        with torch.no_grad():
+            found[f"{name}, forward"] = seconds(lambda form=form: form(q, k, v), times)  # type: ignore[misc]
+        if form is not loop or size <= LARGEST_TRAINED:
+            found[f"{name}, forward and backward"] = seconds(trained(form), times)
+    return {name: value * (heads if name.startswith("reference") else 1) for name, value in found.items()}
 
 
 def main() -> None:
@@ -118,7 +121,9 @@ def main() -> None:
         "recall backward": {
             rule: {pairs: recall(rule, pairs, backward=True) for pairs in (8, 16, 32, 64)} for rule in UPDATE_RULES
         },
-        "seconds": {rule: speed(rule) for rule in UPDATE_RULES},
+        "seconds": {
+            f"{heads} x {size}": {rule: speed(rule, heads, size) for rule in UPDATE_RULES} for heads, size in SHAPES
+        },
     }
     write_json(args.output, found)
     print(json.dumps(found, indent=2))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import BuiltIn, assert_close, assert_identical_memory, assert_same_memory, greedy, tokens
+from models import BuiltIn, Subject, assert_close, assert_identical_memory, assert_same_memory, greedy, perturb, tokens
 
 from senri_hf import MemoryCache, senri_layers
 from senri_hf.memory.compressive import UpdateRule, elu_features, read_and_write, read_backwards, unit_features
@@ -123,10 +123,33 @@ def test_frozen_slots_survive_a_reset_that_keeps_them(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
+def test_a_frozen_slot_that_is_empty_is_still_frozen_once_it_was_saved(tmp_path: Path) -> None:
+    model = SLOTTED.model()
+    memory = read_by(model, tokens(2, 5))
+    memory.freeze([2])
+    memory.reset_memory(keep_frozen=True)
+    memory.save_pretrained(tmp_path)
+    again = MemoryCache.from_pretrained(tmp_path, model=model)
+    model(tokens(2, 40), past_key_values=again)
+    model(tokens(2, 40), past_key_values=memory)
+    assert_identical_memory(again.state_dict(), memory.state_dict())
+    assert not slot(again, 2)["model.2.memory"].any()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "value"), [("slot", 3), ("slot", -1), ("filled", -1), ("filled", 7), ("tokens", -1)])
+def test_counters_that_no_memory_has_are_refused(name: str, value: int) -> None:
+    memory = read_by(SLOTTED.model(), tokens(2, 10))
+    before = memory.state_dict()
+    damaged = {**before, f"model.2.{name}": torch.tensor([0, value])}
+    with pytest.raises(ValueError, match=rf"layer 2 is damaged: {name} is \[0, {value}\]"):
+        memory.load_state_dict(damaged)
+    assert_identical_memory(memory.state_dict(), before)
+
+
+@torch.no_grad()
 def test_what_is_frozen_in_an_adapter_is_read_from_the_first_token() -> None:
     """`read_scope="conversation"`: what past conversations left, and frozen slots are that."""
-    from models import Subject
-
     model = Subject("llama", "compressive", "gated slots").model()
     memory = read_by(model, tokens(1, 9))
     ids, plain = tokens(1, 6, seed=1), MemoryCache.for_model(model)
@@ -203,6 +226,25 @@ def test_a_file_that_does_not_fit_is_refused_and_changes_nothing(tmp_path: Path)
         MemoryCache.for_model(model).freeze([0])
 
 
+@torch.no_grad()
+def test_slots_go_to_the_adapter_that_they_are_of(tmp_path: Path) -> None:
+    """Two adapters beside the same decoder layers, whose slots have the same names but for the adapter's."""
+    model = Subject("llama", "compressive", "gated slots").fresh()
+    model.add_adapter("second", model.peft_config["default"])
+    model.base_model.set_adapter(["default", "second"])
+    giver, taker = read_by(perturb(model), tokens(1, 18)), MemoryCache.for_model(model)
+    giver.export_slots(tmp_path, [0])
+    taker.import_slots(tmp_path, into=[1])
+    held, given = taker.state_dict(), giver.state_dict()
+    assert not torch.equal(given["default.0.memory"][:, 0], given["second.0.memory"][:, 0])
+    for name in ("memory", "normaliser"):
+        for place in ("default.0", "default.2", "second.0", "second.2"):
+            assert torch.equal(held[f"{place}.{name}"][:, 1], given[f"{place}.{name}"][:, 0])
+    model.delete_adapter("second")
+    with pytest.raises(ValueError, match="does not fit this model"):
+        MemoryCache.for_model(model).import_slots(tmp_path)
+
+
 # Adding memories up.
 
 
@@ -239,6 +281,22 @@ def test_other_rules_write_again_what_the_journal_holds(rule: str) -> None:
     empty = MemoryCache.for_model(model)
     assert empty.merge(read_by(model, texts[1], end=False)) == {0: "replay"}
     assert_same_memory(empty, read_by(model, texts[1]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("lengths", [(30,), (70, 10), (100, 70)], ids=str)
+def test_tokens_that_wait_for_their_segment_are_merged_too(lengths: tuple[int, ...]) -> None:
+    """Segments of 150 tokens: what is older than the journal may not be written yet."""
+    layers = senri_layers(1, update_rule="delta", memory_head_dim=8, memory_segment_length=150)
+    model, texts = GATED.build(seed=4, layers=layers), [tokens(2, length, seed=length) for length in lengths]
+    theirs, expected = MemoryCache.for_model(model), MemoryCache.for_model(model)
+    for ids in texts:
+        model(ids, past_key_values=theirs)
+        model(ids, past_key_values=expected)
+    expected.clear_context()
+    merged = MemoryCache.for_model(model)
+    assert merged.merge(theirs) == {0: "replay"}
+    assert_same_memory(merged, expected)
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from senri_hf.memory import compressive_reference as reference
 from senri_hf.memory.compressive import (
+    NUMBERS_AT_ONCE,
     UpdateRule,
     elu_features,
     read,
@@ -265,3 +266,43 @@ def test_a_segment_is_written_as_its_tokens_would_be_one_by_one_into_the_same_me
 def test_a_rule_that_does_not_exist_is_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         UpdateRule(**settings)
+
+
+@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated")  # Dynamo itself does
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # and looks there
+@pytest.mark.parametrize("name", ["delta", "gated_delta"])
+def test_compiled_chunks_give_the_same_values_and_gradients(name: str) -> None:
+    """As one graph, over several chunks."""
+    rule, stream = RULES[name], Stream.random(RULES[name], 70)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda inputs: by_chunks(**inputs), backend="aot_eager", fullgraph=True)
+    for ours, theirs in zip(*(of(rule, stream, run) for run in (by_chunks, lambda **i: compiled(i))), strict=True):
+        assert_close(ours, theirs, tolerance=1e-6)
+    torch._dynamo.reset()
+
+
+def of(rule: UpdateRule, stream: Stream, run: Callable[..., list[Tensor]]) -> list[Tensor]:
+    """Outputs, and the gradients of their sum."""
+    outputs, leaves = stream.run(rule, run)
+    loss = sum((output.square().sum() for output in outputs), torch.zeros(()))
+    return [*outputs, *torch.autograd.grad(loss, leaves, materialize_grads=True)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("heads", "length"), [(1, 8192), (8, 4096)])
+def test_reading_takes_no_more_space_for_longer_texts(heads: int, length: int) -> None:
+    """What pieces find is dropped: of large heads a matrix for every chunk of the text would be most of the space."""
+    size, largest = 256, 0
+
+    class Largest(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal largest
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, Tensor) and out.untyped_storage().nbytes() > largest:
+                largest = out.untyped_storage().nbytes()
+            return out
+
+    stream = [torch.randn(heads, length, size).abs() for _ in range(3)]
+    with Largest():
+        read_and_write(torch.zeros(heads, size, size), torch.zeros(heads, size), *stream, UpdateRule("delta"))
+    assert largest <= max(4 * NUMBERS_AT_ONCE + 4 * size * size * heads, stream[0].nbytes)

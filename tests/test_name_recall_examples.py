@@ -164,6 +164,42 @@ def test_training_goes_on_with_the_settings_that_it_began_with(run: Run, base: P
     train(run, base, tmp_path, "--resume-if-begun", "--save-every", "2")
 
 
+def test_a_setting_that_came_later_was_as_it_is_by_default(run: Run, base: Path, tmp_path: Path) -> None:
+    train(run, base, tmp_path)
+    settings = json.loads((tmp_path / "arguments.json").read_text())
+    (tmp_path / "arguments.json").write_text(
+        json.dumps({name: value for name, value in settings.items() if name not in ("mechanism", "detach_every")})
+    )
+    with pytest.raises(SystemExit, match="--mechanism episodic, not compressive"):
+        train(run, base, tmp_path, "--resume-if-begun", "--mechanism", "compressive", "--detach-every", "2")
+    train(run, base, tmp_path, "--resume-if-begun")
+
+
+def test_compressive_memory_learns_what_to_write_from_later_answers(run: Run, base: Path, tmp_path: Path) -> None:
+    """Keys and values of told conversations move, though no answer is in them."""
+    options = [
+        "--mechanism",
+        "compressive",
+        "--lr",
+        "1e-2",
+        "--warmup-steps",
+        "1",
+        "--max-steps",
+        "4",
+        "--memory-head-dim",
+        "8",
+    ]
+    train(run, base, tmp_path, *options)
+    weights = [load_file(tmp_path / f"checkpoint-{step}" / "adapter_model.safetensors") for step in (3, 4)]
+    for part in ("k_proj", "v_proj", "b_proj", "conv1d", "q_proj", "o_proj"):
+        names = [name for name in weights[0] if part in name]
+        assert names and not any(torch.equal(weights[0][name], weights[1][name]) for name in names)
+    model, _ = load_base(str(base), progress=False)
+    assert PeftModel.from_pretrained(model, tmp_path / "final").peft_config["default"].mechanism == "compressive"
+    with pytest.raises(SystemExit, match="--detach-every 1"):
+        train(run, base, tmp_path / "other", "--mechanism", "compressive", "--detach-every", "1")
+
+
 def test_training_begins_with_what_fits(
     run: Run, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

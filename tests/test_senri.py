@@ -128,6 +128,13 @@ def test_memory_layers_in_a_gpt_neox_change_nothing_at_first(
     assert all(layer.memory.o_proj.weight.grad.any() for i, layer in enumerate(model.model.layers) if i in places[:1])
 
 
+def test_what_is_set_on_a_senri_is_not_set_on_the_gpt_neox_that_it_came_from() -> None:
+    base = neox()
+    model = SenriForCausalLM.from_gpt_neox(base, [0])
+    model.generation_config.max_new_tokens = 7
+    assert base.generation_config.max_new_tokens != 7
+
+
 def test_places_that_a_model_has_not_are_refused() -> None:
     for places in ([4], [-1], [1, 1]):
         with pytest.raises(ValueError, match=r"memory_layers=.*from 0 to 3"):

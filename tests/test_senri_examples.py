@@ -1,5 +1,6 @@
 """The examples of Senri: what they compute is what they say."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -67,3 +68,50 @@ def test_what_is_told_reaches_the_answer_through_memory_alone(load: Any) -> None
     alone = reversal.answers(plain, None, asked, apart=False)
     assert torch.equal(alone, plain(asked.flatten(1), use_cache=False).logits[:, ::2].flatten(0, 1))
     assert 0 <= reversal.read_backward(model)["right"] <= 1
+
+
+def test_a_passkey_run_goes_on_where_it_stopped(load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    passkey = load("passkey.py")
+    for name, value in {"CURRICULUM": (24, 48), "TOKENS": 96, "ASKED": {4096: 1}, "DEPTHS": (0.0, 0.7)}.items():
+        monkeypatch.setattr(passkey, name, value)
+    output, folder = tmp_path / "passkey.json", tmp_path / "checkpoints"
+    command = ["passkey.py", "--steps", "4", "--lengths", "4096", "--checkpoints", folder, "--output", output]
+    monkeypatch.setattr("sys.argv", list(map(str, command)))
+    passkey.main()
+    found = json.loads(output.read_text())
+    (run,) = found.values()
+    assert run["training"]["steps"] == 4 and output.with_suffix(".png").stat().st_size
+    assert run["carried"]["4096"]["bytes of memory of a row"] == [2 * 2 * (32 * 32 + 32) * 4]
+    monkeypatch.setattr(passkey, "ask", None)  # nothing is asked again
+    output.with_suffix(".png").unlink()
+    passkey.main()
+    assert json.loads(output.read_text()) == found and output.with_suffix(".png").exists()
+
+
+@torch.no_grad()
+def test_a_passkey_is_asked_for_through_memory_alone(load: Any) -> None:
+    """What is told before the last piece changes the answers where memory is carried, and there alone."""
+    passkey = load("passkey.py")
+    torch.manual_seed(0)
+    model = passkey.build().eval()
+    heard = []
+    model.lm_head.register_forward_hook(lambda module, args, out: heard.append(out))
+    for seed in (0, 0, 1):
+        for carried in (True, False):
+            passkey.ask(model, 2 * passkey.PIECE, 1, seed, carried=carried)
+    first, again, other = (heard[1 + 3 * i] for i in range(3))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert not torch.equal(heard[1], heard[2]) and heard[1].shape == heard[2].shape
+
+
+def test_the_page_says_what_the_files_say(load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = load("senri_results.py")
+    committed = (page.DOCS / "senri_results.md").read_text(encoding="utf-8")
+    assert "\n".join(page.render()) + "\n" == committed
+    recall = page.stored("compressive")["recall"]
+    better, default = (page.percent(recall[rule]["16"]) for rule in ("gated_delta", "delta"))
+    readme, guide = ((page.DOCS.parent / name).read_text(encoding="utf-8") for name in ("README.md", "docs/senri.md"))
+    assert f"{better} against {default}" in " ".join(readme.split())
+    assert f"finds {better} of 16 pairs again where `delta` finds {default}" in " ".join(guide.split())
+    monkeypatch.setattr(page, "DOCS", tmp_path)
+    assert page.render().count("Not run yet.") == 8

@@ -18,6 +18,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -41,10 +42,24 @@ PROSE_CHARACTERS = 280
 TELLINGS = 24
 
 
-def parse() -> argparse.Namespace:
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line's arguments when None."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", default="smollm2-135m-instruct", help="a name that senri_hf.load_base knows, a Hub id or a folder")
+    add(
+        "--mechanism",
+        choices=("episodic", "compressive"),
+        default="episodic",
+        help="how memory is held; slots, surprise, rank, topics and init are settings of episodic memory alone",
+    )
+    add(
+        "--detach-every",
+        type=int,
+        help="conversations through which an answer teaches what is written; by default 1 with episodic memory, which "
+        "learns to write by itself, and 16 with compressive memory",
+    )
+    add("--memory-head-dim", type=int, default=64, help="size of a head of compressive memory")
     add("--lr", type=float, default=1e-4, help="learning rate")
     add("--from-adapter", type=Path, help="begin with what of this adapter's weights fits")
     add("--min-lr-ratio", type=float, default=0.0, help="share of the learning rate at which the schedule ends")
@@ -95,15 +110,23 @@ def parse() -> argparse.Namespace:
     add("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="dtype of the frozen base model")
     add("--license", default="mit", help="the license on the adapter's card; a base's may bind what is made of it")
     add("--seed", type=int, default=0)
-    return parser.parse_args()
+    args = parser.parse_args(arguments)
+    if args.detach_every is None:
+        args.detach_every = 1 if args.mechanism == "episodic" else 16
+    return args
 
 
 def keep_settings(args: argparse.Namespace, resumes: bool) -> None:
-    """Write the settings beside the checkpoints; where training goes on they have to be those that it began with."""
+    """Write the settings beside the checkpoints; where training goes on they have to be those that it began with.
+
+    One that is not in the file did not exist when training began: it was as it is by default.
+    """
     path = args.checkpoint_dir / SETTINGS
-    settings = {name: str(value) for name, value in vars(args).items() if name not in FREE}
+    settings, default = (
+        {name: str(value) for name, value in vars(given).items() if name not in FREE} for given in (args, parse([]))
+    )
     if resumes and path.exists():
-        begun = json.loads(path.read_text(encoding="utf-8"))
+        begun = default | json.loads(path.read_text(encoding="utf-8"))
         changed = [name for name in sorted({*begun, *settings}) if begun.get(name) != settings.get(name)]
         if changed:
             was = ", ".join(
@@ -273,8 +296,28 @@ def begin_from(model: PeftModel, adapter: Path) -> None:
         print(textwrap.indent("\n".join(missing), "  "))
 
 
+def memory_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Settings of the adapter that are its mechanism's own."""
+    if args.mechanism == "compressive":
+        return {"memory_head_dim": args.memory_head_dim}
+    return {
+        "buffer_slots": args.buffer_slots,
+        "store_slots": args.store_slots,
+        "z_score_threshold": args.z_score_threshold,
+        "init": args.init,
+        "rank": args.rank or None,
+    }
+
+
 def main() -> None:
     args = parse()
+    is_episodic = args.mechanism == "episodic"
+    if not is_episodic and (args.topic_steps or args.detach_every == 1):
+        raise SystemExit(
+            f"--mechanism {args.mechanism} was given with --topic-steps {args.topic_steps} and --detach-every "
+            f"{args.detach_every}: it has no topics, and learns what to write from the answers of later conversations. "
+            "Leave --topic-steps out, and give --detach-every at least 2"
+        )
     if args.average_from is not None and not 0 <= args.average_from < 1:
         raise SystemExit(f"--average-from {args.average_from} was given, but it is a share of the steps, 0 to below 1")
     if importlib.util.find_spec("matplotlib") is None:
@@ -293,13 +336,7 @@ def main() -> None:
     base, tokenizer = senri_hf.load_base(args.model, dtype=args.dtype)
     layers = None if args.memory_layers == "auto" else [int(layer) for layer in args.memory_layers.split(",")]
     config = senri_hf.MemoryAdapterConfig(
-        task_type="CAUSAL_LM",
-        layers_to_transform=layers,
-        buffer_slots=args.buffer_slots,
-        store_slots=args.store_slots,
-        z_score_threshold=args.z_score_threshold,
-        init=args.init,
-        rank=args.rank or None,
+        mechanism=args.mechanism, task_type="CAUSAL_LM", layers_to_transform=layers, **memory_settings(args)
     )
     model = get_peft_model(base, config)
     if args.from_adapter:
@@ -326,7 +363,8 @@ def main() -> None:
             warmup_steps=args.warmup_steps,
             weight_decay=0.01,
             gate_learning_rate_multiplier=args.gate_lr_multiplier,
-            reuse_told_states=not args.read_told_live,
+            reuse_told_states=is_episodic and args.detach_every == 1 and not args.read_told_live,
+            detach_every=args.detach_every,
             topic_steps=args.topic_steps,
             max_grad_norm=1.0,
             bf16=args.dtype == "bfloat16",

@@ -103,15 +103,19 @@ class AssociativeOperations:
         if len(slots) != len(description[SLOTS]):
             raise ValueError(f"into={list(slots)} was given, but the file holds {len(description[SLOTS])} slot(s)")
         layers, parts = self.associative_layers, []
+        places = {key: file.place_of(key) for key in tensors}
+        names = file.adapter_names({adapter for adapter, _, _ in places.values()}, {one.adapter_name for one in layers})
+        held: dict[tuple[str, str], dict[str, Tensor]] = {}
+        for key, (adapter, layer_idx, field) in places.items():
+            held.setdefault((names[adapter], layer_idx), {})[field] = tensors[key]
         for layer in layers:
-            prefix = f".{layer.layer_idx}."
-            part = {name.rpartition(".")[2]: t for name, t in tensors.items() if prefix in name}
+            part = held.pop((layer.adapter_name, str(layer.layer_idx)), {})
             parts.append((layer.check_slots(slots), part))
             layer.check_slot_tensors(part, len(slots))
-        if sum(len(part) for _, part in parts) != len(tensors):
+        if held:
             raise ValueError(
-                f"{name_or_path} holds slots of the layers {sorted({n.rpartition('.')[0] for n in tensors})}, but this "
-                f"memory's are {[layer.layer_idx for layer in layers]}: it was made with another model"
+                f"{name_or_path} holds slots of the layers {sorted(held)} too, but this memory's are "
+                f"{[(layer.adapter_name, layer.layer_idx) for layer in layers]}: it was made with another model"
             )
         for layer, (indices, part) in zip(layers, parts, strict=True):
             layer.put_slots(indices, part, freeze=freeze)

@@ -16,11 +16,13 @@ from torch import Tensor
 
 from ..configuration.compressive import UPDATE_RULES, check_bounds, check_choice
 from . import compressive_kernels
+from .compressive_scan import scan
 
 
-CHUNK = 32
-# Chunks of all heads and rows that a processor takes at once: their triangles are 1 MB each.
+# Chunks of all heads and rows that a processor takes at once: of 32 tokens, their triangles are 1 MB each.
 CHUNKS_AT_ONCE = 256
+# Numbers in the matrices that chunks taken at once find: 16 MB on a processor.
+NUMBERS_AT_ONCE, NUMBERS_AT_ONCE_ON_GPU = 2**22, 2**27
 
 
 @dataclass(frozen=True)
@@ -99,10 +101,10 @@ class Reads(NamedTuple):
 class Normalised(NamedTuple):
     """What the normaliser says of a chunk's tokens."""
 
-    held: Tensor  # [*, N, C] k z as the token finds z
-    match: Tensor  # [*, N, C] q z
-    weight: Tensor | None  # [*, N, C] with which k goes into z; None for 1
-    after: Tensor  # [*, d_k] z after the last token
+    held: Tensor  # [N, G, C] k z as the token finds z
+    match: Tensor  # [N, G, C] q z
+    weight: Tensor | None  # [N, G, C] with which k goes into z; None for 1
+    after: Tensor  # [G, d_k] z after the last token
 
 
 def elu_features(projected: Tensor) -> Tensor:
@@ -125,9 +127,9 @@ def read_and_write(
     strength: Tensor | None = None,
     log_decay: Tensor | None = None,
     with_norm: bool = False,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> tuple[Reads, Tensor, Tensor]:
-    """Read with every token's query, then write its key and value. Exact for any chunk length.
+    """Read with every token's query, then write its key and value. Exact for any length of a chunk.
 
     `*` stands for any leading dimensions. A token that is not to be written has a zero key, value and log_decay.
 
@@ -136,6 +138,7 @@ def read_and_write(
         queries, keys: [*, T, d_k] features. values: [*, T, d_v].
         strength, log_decay: [*, T] of `"gated_delta"`: b in (0, 1) and log a <= 0; None with the others.
         with_norm: Whether `Reads.norm` is wanted; not with a decay.
+        chunk: Tokens of a chunk; what is fastest for heads of this size when None.
 
     Returns:
         The reads, and memory and normaliser after the last token, all in float32. With `"gated_delta"` the normaliser
@@ -150,12 +153,11 @@ def read_and_write(
         if rule.is_clamped:
             return stepwise(memory, normaliser, queries, keys, values, rule)
         gates = strength, log_decay
+        chunk = chunk or fitting_chunk(keys.shape[-1])
         if compressive_kernels.serve(keys, values, rule):
             return by_kernel(memory, normaliser, queries, keys, values, rule, *gates, with_norm, chunk)
-        # Piece by piece, so that what is computed in parallel stays in the processor's cache; all at once elsewhere.
-        length = keys.shape[-2]
-        piece = length if keys.is_cuda else chunk * max(1, CHUNKS_AT_ONCE // max(1, keys[..., 0, 0].numel()))
-        found = []
+        length, found = keys.shape[-2], []
+        piece = chunk * chunks_at_once(memory)
         for start in range(0, length, piece):
             part = slice(start, start + piece)
             q, k, v = (tensor[..., part, :] for tensor in (queries, keys, values))
@@ -167,6 +169,21 @@ def read_and_write(
         norms = torch.cat([reads.norm for reads in found], -1) if with_norm else None  # type: ignore[misc]
         values, match = torch.cat([reads.values for reads in found], -2), torch.cat([r.match for r in found], -1)
         return Reads(values, match, norms), memory, normaliser
+
+
+def chunks_at_once(memory: Tensor) -> int:
+    """How many chunks a piece has that is computed in parallel: on a processor as many as stay in its cache, and
+    nowhere so many that the matrices [*, d_k, d_v] that they find are what takes the space.
+    """
+    most = NUMBERS_AT_ONCE_ON_GPU if memory.is_cuda else NUMBERS_AT_ONCE
+    heads = max(1, memory[..., 0, 0].numel())
+    chunks = most // max(1, memory.numel())
+    return max(1, chunks if memory.is_cuda else min(chunks, CHUNKS_AT_ONCE // heads))
+
+
+def fitting_chunk(size: int) -> int:
+    """Tokens of a chunk: products within one grow with it, and those with a matrix [size, size] get fewer."""
+    return 16 if size <= 32 else 32 if size <= 128 else 64
 
 
 def chunkwise(
@@ -193,58 +210,83 @@ def chunkwise(
     length = keys.shape[-2]
     chunk = min(chunk, length)
     q, k, v = (in_chunks(tensor, chunk) for tensor in (queries, keys, values))
-    similar, reading = k @ k.transpose(-1, -2), q @ k.transpose(-1, -2)  # [*, N, C, C]
-    q_in, k_in, k_out = q, k, k
-    carry: Tensor | None = None  # [*, N, 1, 1] what a chunk leaves of the memory that it finds
-    if rule.fades:
-        if rule.decay is not None:  # a token that is not written lets nothing fade; features are positive
-            logs = torch.where(k.amax(-1) > 0, torch.log(k.new_tensor(rule.decay)), 0.0)
-            v = v * (1 - rule.decay)
-        else:
-            assert log_decay is not None
-            logs = in_chunks(log_decay.float()[..., None], chunk)[..., 0]
-        total = logs.cumsum(-1)  # [*, N, C] log of the decay up to and including t
-        seen = total if rule.reads_after_write else total - logs
-        # After t the exponent can be positive: it is dropped before it can overflow.
-        later = torch.ones(chunk, chunk, dtype=torch.bool, device=k.device).triu(1)
-        between = (seen[..., :, None] - total[..., None, :]).masked_fill(later, -torch.inf).exp()
-        similar, reading = similar * between, reading * between
-        q_in, k_in = q * seen.exp()[..., None], k * seen.exp()[..., None]
-        k_out = k * (total[..., -1:] - total).exp()[..., None]
-        carry = total[..., -1, None, None].exp()
+    reading = q @ k.transpose(-1, -2)  # [N, G, C, C]
+    similar = k @ k.transpose(-1, -2) if rule.removes or with_norm else None
+    z, heads = normaliser.reshape(-1, normaliser.shape[-1]), memory.shape[:-2]
+    found: Normalised | None = None
+    if not rule.is_normalised and with_norm:
+        assert similar is not None
+        found = summed(z, q, k, k, similar, reading.tril(-1))
+    fading = Fading.of(rule, k, log_decay, chunk) if rule.fades else None
+    k_out, carry, scale = k, None, 1.0 if rule.decay is None else 1 - rule.decay
+    if fading is not None:
+        reading = reading * fading.between
+        similar = None if similar is None else similar * fading.between
+        k_out, carry = k * fading.rest, fading.carry
     # What is multiplied by the decays is 0 after t already, and the inverse looks at what is below its diagonal only.
     inside = reading if rule.name == "gated_delta" else reading.tril(-1)
 
-    scale = 1.0 if rule.decay is None else 1 - rule.decay
-    found: Normalised | None = None
     if rule.name == "corrected_delta":
-        found = corrected(normaliser, q, k, similar.tril(-1), inside)
+        assert similar is not None
+        found = corrected(z, q, k, similar.tril(-1), inside)
     elif rule.is_normalised:
-        found = summed(normaliser, q_in, k_in, k_out * scale, similar.tril(-1) * scale, inside * scale, carry)
-    elif with_norm:
-        found = counted(normaliser, q, k)
+        found = summed(z, q, k, k_out, similar, inside, fading, scale)
 
-    if rule.name == "gated_delta":
-        assert strength is not None
-        removal = in_chunks(strength.float()[..., None], chunk)  # [*, N, C, 1]
-        v = v * removal
-    elif found is not None and rule.removes:
-        removal = scale * inverse(found.held, rule.eps)[..., None]
-    new, asks = v, q_in
+    new, old = v if scale == 1.0 else scale * v, None
     if rule.removes:
-        new = torch.cat([v, removal * k_in], dim=-1)
-        if chunk > 1:
-            new = unit_inverse(removal * similar) @ new
-        new, old = new.split([v.shape[-1], k.shape[-1]], dim=-1)
-        asks = torch.cat([old, q_in], dim=-2)  # [*, N, 2C, d_k]
-    entering, updates, memory = through_chunks(memory, asks, new if rule.removes else v, k_out, carry)
-    read = inside @ updates + entering
+        if rule.name == "gated_delta":
+            assert strength is not None
+            removal = in_chunks(strength.float()[..., None], chunk)  # [N, G, C, 1]
+        else:
+            assert found is not None
+            removal = scale * inverse(found.held, rule.eps)[..., None]
+        at_once = None if chunk == 1 else unit_inverse(removal * similar)  # type: ignore[operator]
+        weight = removal if fading is None else removal * fading.seen
+        new = weighted(at_once, removal if rule.name == "gated_delta" else None, new)
+        old = weighted(at_once, weight, k)
+    entering, updates, memory = scan(memory.reshape(-1, *memory.shape[-2:]), k_out, new, old, carry)
+    read = q @ entering if fading is None else fading.seen * (q @ entering)
+    read = torch.baddbmm(*(tensor.flatten(0, 1) for tensor in (read, inside, updates))).view_as(read)
 
     if rule.is_normalised:
         assert found is not None
         read = read * inverse(found.match, rule.eps)[..., None]
-    reads, after = described(read.flatten(-3, -2)[..., :length, :], normaliser, found, k if with_norm else None)
-    return reads, memory, after
+    values = in_order(read, heads, length)
+    reads, after = described(values, z, found, k if with_norm else None)
+    return reads, memory.view(*heads, *memory.shape[1:]), after.view(normaliser.shape)
+
+
+@dataclass(frozen=True)
+class Fading:
+    """What decays leave within chunks."""
+
+    between: Tensor  # [N, G, C, C] of what s wrote when t reads, 0 for later s
+    seen: Tensor  # [N, G, C, 1] of the memory that the chunk finds, when t reads
+    rest: Tensor  # [N, G, C, 1] of what s wrote, after the chunk
+    carry: Tensor  # [N, G, 1, 1] of the memory that the chunk finds, after it
+
+    @classmethod
+    def of(cls, rule: UpdateRule, k: Tensor, log_decay: Tensor | None, chunk: int) -> "Fading":
+        """For keys [N, G, C, d_k] in chunks; log_decay [*, T] is that of `"gated_delta"`."""
+        if rule.decay is not None:  # a token that is not written lets nothing fade; features are positive
+            logs = torch.where(k.amax(-1) > 0, torch.log(k.new_tensor(rule.decay)), 0.0)
+        else:
+            assert log_decay is not None
+            logs = in_chunks(log_decay.float()[..., None], chunk)[..., 0]
+        total = logs.cumsum(-1)  # [N, G, C] log of the decay up to and including t
+        seen = total if rule.reads_after_write else total - logs
+        # After t the exponent can be positive: it is dropped before it can overflow.
+        later = torch.ones(chunk, chunk, dtype=torch.bool, device=k.device).triu(1)
+        between = (seen[..., :, None] - total[..., None, :]).masked_fill(later, -torch.inf).exp()
+        rest = (total[..., -1:] - total).exp()
+        return cls(between, seen.exp()[..., None], rest[..., None], total[..., -1:, None].exp())
+
+
+def weighted(mixing: Tensor | None, weight: Tensor | None, columns: Tensor) -> Tensor:
+    """mixing diag(weight) columns, of [N, G, C, C], [N, G, C, 1] and [N, G, C, d]; None stands for 1."""
+    if mixing is None:
+        return columns if weight is None else weight * columns
+    return (mixing if weight is None else mixing * weight.transpose(-1, -2)) @ columns
 
 
 def unit_inverse(lower: Tensor) -> Tensor:
@@ -256,59 +298,34 @@ def unit_inverse(lower: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(lower, identity, upper=False, unitriangular=True)
 
 
-def through_chunks(
-    memory: Tensor, asks: Tensor, new: Tensor, keys: Tensor, carry: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The part that runs chunk by chunk: M = (decayed) M + K^T U, with U = A - B M where something is taken away.
-
-    Args:
-        memory: [*, d_k, d_v] before the first chunk.
-        asks: [*, N, C, d_k] queries of the memory that a chunk finds; or [*, N, 2C, d_k], B and then those.
-        new: [*, N, C, d_v] A. keys: [*, N, C, d_k]. carry: [*, N, 1, 1] what is left of a memory; None for all of it.
-
-    Returns:
-        What the queries read [*, N, C, d_v], U [*, N, C, d_v], and the memory after the last chunk.
-    """
-    count, chunk = keys.shape[-3:-1]
-
-    def by_chunk(tensor: Tensor) -> tuple[Tensor, ...]:
-        """N tensors [*, ., .], with one dimension for *."""
-        return tensor.reshape(-1, *tensor.shape[-3:]).unbind(1)
-
-    state, entering, updates = memory.reshape(-1, *memory.shape[-2:]), [], []
-    left = (None,) * count if carry is None else by_chunk(carry)
-    for ask, update, key, kept in zip(by_chunk(asks), by_chunk(new), by_chunk(keys), left, strict=True):
-        answers = torch.bmm(ask, state)
-        if ask.shape[-2] > chunk:
-            update = update - answers[:, :chunk]
-            answers = answers[:, chunk:]
-        entering.append(answers)
-        updates.append(update)
-        state = torch.baddbmm(state if kept is None else kept * state, key.transpose(1, 2), update)
-    read, written = (torch.stack(parts, 1).reshape(*keys.shape[:-1], -1) for parts in (entering, updates))
-    return read, written, state.reshape(memory.shape)
-
-
 def in_chunks(tensor: Tensor, chunk: int) -> Tensor:
-    """[*, T, d] to [*, N, C, d], zero after the last token."""
+    """[*, T, d] to [N, G, C, d]: N chunks of G heads of all rows, zero after the last token."""
     pad = -tensor.shape[-2] % chunk
     padded = torch.nn.functional.pad(tensor, (0, 0, 0, pad)) if pad else tensor
-    return padded.unflatten(-2, (-1, chunk))
+    chunks = padded.unflatten(-2, (-1, chunk)).movedim(-3, 0)
+    return chunks.reshape(len(chunks), -1, *chunks.shape[-2:])
+
+
+def in_order(chunks: Tensor, heads: torch.Size, length: int) -> Tensor:
+    """[N, G, C, d] to [*, T, d], with `heads` for *."""
+    apart = chunks.reshape(len(chunks), *heads, *chunks.shape[-2:])
+    return apart.movedim(0, -3).flatten(-3, -2)[..., :length, :]
 
 
 def described(values: Tensor, normaliser: Tensor, found: Normalised | None, k: Tensor | None) -> tuple[Reads, Tensor]:
     """Reads from their values [*, T, d_v], and the normaliser after the last token.
 
     Args:
-        normaliser: [*, d_k] before the first.
+        normaliser: [G, d_k] before the first.
         found: What the normaliser says of the tokens; None with a rule that has none.
-        k: Their keys in chunks [*, N, C, d_k], where `Reads.norm` is wanted.
+        k: Their keys in chunks [N, G, C, d_k], where `Reads.norm` is wanted.
     """
-    length = values.shape[-2]
     if found is None:
         return Reads(values, values.new_zeros(values.shape[:-1]), None), normaliser
-    norm = None if k is None else norms(normaliser, found, k).flatten(-2)[..., :length]
-    return Reads(values, found.match.flatten(-2)[..., :length], norm), found.after
+    heads, length = values.shape[:-2], values.shape[-2]
+    match = in_order(found.match[..., None], heads, length)[..., 0]
+    norm = None if k is None else in_order(norms(normaliser, found, k)[..., None], heads, length)[..., 0]
+    return Reads(values, match, norm), found.after
 
 
 def by_kernel(
@@ -328,38 +345,31 @@ def by_kernel(
     The normalised rules are that with b = 1 / n and the value n v, n = k z; they read before the write, and so the
     kernel gets every query one token early.
     """
-    length = keys.shape[-2]
-    found: Normalised | None = None
+    length, heads = keys.shape[-2], memory.shape[:-2]
+    z, found = normaliser.reshape(-1, normaliser.shape[-1]), None
+    q, k = in_chunks(queries, chunk), in_chunks(keys, chunk)
+    if rule.is_normalised or with_norm:
+        similar, reading = ((part @ k.transpose(-1, -2)).tril(-1) for part in (k, q))
+        if rule.name == "corrected_delta":
+            found = corrected(z, q, k, similar, reading)
+        else:
+            found = summed(z, q, k, k, similar, reading)
     if rule.name == "gated_delta":
-        if with_norm:
-            found = counted(normaliser, in_chunks(queries, chunk), in_chunks(keys, chunk))
         assert strength is not None and log_decay is not None
         read, memory = compressive_kernels.run(memory, queries, keys, values, strength, log_decay)
     else:
-        q, k = in_chunks(queries, chunk), in_chunks(keys, chunk)
-        similar, reading = ((part @ k.transpose(-1, -2)).tril(-1) for part in (k, q))
-        if rule.name == "corrected_delta":
-            found = corrected(normaliser, q, k, similar, reading)
-        else:
-            found = summed(normaliser, q, k, k, similar, reading, None)
+        assert found is not None
         # Where nothing is held there is nothing to take away: any strength will do, if the value fits it.
-        held = found.held.flatten(-2)[..., :length]
+        held, match = (in_order(part[..., None], heads, length)[..., 0] for part in (found.held, found.match))
         held = held.where(held > rule.eps, 1.0)
         early = torch.nn.functional.pad(queries[..., 1:, :], (0, 0, 0, 1))
         first = queries[..., :1, :] @ memory
         late, memory = compressive_kernels.run(
             memory, early, keys, values * held[..., None], 1 / held, torch.zeros_like(held)
         )
-        read = torch.cat([first, late[..., :-1, :]], dim=-2)
-        read = read * inverse(found.match.flatten(-2)[..., :length], rule.eps)[..., None]
-    reads, after = described(read, normaliser, found, in_chunks(keys, chunk) if with_norm else None)
-    return reads, memory, after
-
-
-def counted(normaliser: Tensor, q: Tensor, k: Tensor) -> Normalised:
-    """The sum of keys, for a rule whose reads are not divided by it: what slots are chosen by."""
-    similar, reading = ((part @ k.transpose(-1, -2)).tril(-1) for part in (k, q))
-    return summed(normaliser, q, k, k, similar, reading, None)
+        read = torch.cat([first, late[..., :-1, :]], dim=-2) * inverse(match, rule.eps)[..., None]
+    reads, after = described(read, z, found, k if with_norm else None)
+    return reads, memory, after.view(normaliser.shape)
 
 
 def inverse(total: Tensor, eps: float) -> Tensor:
@@ -370,60 +380,81 @@ def inverse(total: Tensor, eps: float) -> Tensor:
 
 def summed(
     normaliser: Tensor,
-    q_in: Tensor,
-    k_in: Tensor,
+    q: Tensor,
+    k: Tensor,
     k_out: Tensor,
-    similar: Tensor,
-    reading: Tensor,
-    carry: Tensor | None,
+    similar: Tensor | None,
+    inside: Tensor,
+    fading: Fading | None = None,
+    scale: float = 1.0,
 ) -> Normalised:
-    """The normaliser that every key is added to, for chunks [*, N, C, d_k] and their strictly lower products."""
-    increments = k_out.sum(-2)  # [*, N, d_k]
-    if carry is None:
-        after = normaliser[..., None, :] + increments.cumsum(-2)
-        entering = torch.cat([normaliser[..., None, :], after[..., :-1, :]], dim=-2)
-        normaliser = after[..., -1, :]
+    """The normaliser that every key is added to.
+
+    Args:
+        normaliser: [G, d_k] before the first chunk.
+        q, k, k_out: [N, G, C, d_k], the last as they are left after the chunk.
+        similar, inside: [N, G, C, C] products of keys with keys (where what is held at keys is wanted) and queries with
+            keys, of the latter nothing but what is read.
+        fading: None where nothing fades. scale: With which keys go in.
+    """
+    increments = scale * k_out.sum(-2, keepdim=True).transpose(-1, -2)  # [N, G, d_k, 1]
+    if fading is None:
+        entering = torch.cat([normaliser[None, ..., None], increments]).cumsum(0)
+        entering, after = entering[:-1], entering[-1]
     else:
-        found = []
-        for index in range(increments.shape[-2]):
-            found.append(normaliser)
-            normaliser = carry[..., index, :, 0] * normaliser + increments[..., index, :]
-        entering = torch.stack(found, dim=-2)
-    held = (k_in @ entering[..., None])[..., 0] + similar.sum(-1)
-    match = (q_in @ entering[..., None])[..., 0] + reading.sum(-1)
-    return Normalised(held, match, None, normaliser)
+        ones = increments.new_ones(*increments.shape[:2], 1, 1)
+        entering, _, after = scan(normaliser[..., None], increments.transpose(-1, -2), ones, None, fading.carry)
+
+    def at(columns: Tensor, products: Tensor) -> Tensor:
+        before = columns @ entering if fading is None else fading.seen * (columns @ entering)
+        return before[..., 0] + scale * products.sum(-1)
+
+    match = at(q, inside)
+    return Normalised(match if similar is None else at(k, similar.tril(-1)), match, None, after[..., 0])
 
 
-def corrected(normaliser: Tensor, q: Tensor, k: Tensor, similar: Tensor, reading: Tensor) -> Normalised:
-    """The normaliser that takes a key in by g = clip(1 - k z / |k|^2, 0, 1) (ARMT, eq. 7), chunk after chunk.
+def corrected(normaliser: Tensor, q: Tensor, k: Tensor, similar: Tensor, inside: Tensor) -> Normalised:
+    """The normaliser that takes a key in by g = clip(1 - k z / |k|^2, 0, 1) (ARMT, eq. 7).
 
-    Features are positive, so g <= 1 by itself, and g = max(0, c - L g) with L strictly lower: which tokens are at 0 is
-    found by Newton's method, of which every step settles at least one more token and most settle nearly all; g then
-    follows from one triangular solve.
+    Features are positive, so g <= 1 by itself, and g = max(0, c - L g) with L strictly lower. Once it is known which
+    tokens are at 0, z goes through the chunks as a matrix does that takes away what it holds.
+
+    Args:
+        normaliser: [G, d_k] before the first chunk.
+        q, k: [N, G, C, d_k]. similar, inside: [N, G, C, C] strictly lower products of keys and queries with keys.
     """
     square = k.square().sum(-1)
     per_square = inverse(square, 0.0)
     lower = similar * per_square[..., None]
+    with torch.no_grad():
+        active = above_zero(normaliser, k, lower, per_square).to(k.dtype)[..., None]
+    solved = unit_inverse(active * lower)
+    old = weighted(solved, active * per_square[..., None], k)
+    entering, weight, after = scan(normaliser[..., None], k, solved @ active, old, None)
+    held, match = (columns @ entering + products @ weight for columns, products in ((k, similar), (q, inside)))
+    return Normalised(held[..., 0], match[..., 0], weight[..., 0], after[..., 0])
+
+
+def above_zero(normaliser: Tensor, k: Tensor, lower: Tensor, per_square: Tensor) -> Tensor:
+    """[N, G, C] which tokens have a g > 0 in g = max(0, c - L g), chunk after chunk.
+
+    By Newton's method, of which every step settles at least one more token and most settle nearly all.
+    """
     identity = torch.eye(k.shape[-2], dtype=k.dtype, device=k.device)
-    weights, held, match = [], [], []
-    for index in range(k.shape[-3]):
-        k_now, q_now, below = k[..., index, :, :], q[..., index, :, :], lower[..., index, :, :]
-        entering = (k_now @ normaliser[..., None])[..., 0]
-        start = (square[..., index, :] > 0).to(k.dtype) - entering * per_square[..., index, :]
-        with torch.no_grad():
-            active = start > 0
+    z, found = normaliser[..., None], []
+    for keys, below, per in zip(k, lower, per_square, strict=True):
+        start = (per > 0).to(k.dtype) - per * (keys @ z)[..., 0]
+        active = start > 0
+        if bool(active.any()):
             for _ in range(k.shape[-2]):  # enough; rounding may let a token at the border of 0 change sides for ever
                 weight = solve_weights(identity, active, below, start)
                 again = start - (below @ weight[..., None])[..., 0] > 0
                 if torch.equal(again, active):
                     break
                 active = again
-        weight = solve_weights(identity, active, below, start)
-        weights.append(weight)
-        held.append(entering + (similar[..., index, :, :] @ weight[..., None])[..., 0])
-        match.append(((q_now @ normaliser[..., None]) + reading[..., index, :, :] @ weight[..., None])[..., 0])
-        normaliser = normaliser + (weight[..., None] * k_now).sum(-2)
-    return Normalised(torch.stack(held, -2), torch.stack(match, -2), torch.stack(weights, -2), normaliser)
+            z = z + keys.transpose(-1, -2) @ weight[..., None]
+        found.append(active)
+    return torch.stack(found)
 
 
 def solve_weights(identity: Tensor, active: Tensor, lower: Tensor, start: Tensor) -> Tensor:
@@ -434,11 +465,12 @@ def solve_weights(identity: Tensor, active: Tensor, lower: Tensor, start: Tensor
 
 
 def norms(normaliser: Tensor, found: Normalised, k: Tensor) -> Tensor:
-    """|z| as every token finds it, [*, N, C]: |z + w k|^2 = |z|^2 + 2 w k z + w^2 |k|^2."""
+    """|z| as every token finds it, [N, G, C]: |z + w k|^2 = |z|^2 + 2 w k z + w^2 |k|^2."""
     weight = 1.0 if found.weight is None else found.weight
-    growth = 2 * weight * found.held + weight * weight * k.square().sum(-1)
-    grown = growth.flatten(-2).cumsum(-1).unflatten(-1, growth.shape[-2:])
-    return root(normaliser.square().sum(-1)[..., None, None] + grown - growth)
+    growth = (2 * weight * found.held + weight * weight * k.square().sum(-1)).cumsum(-1)
+    within = torch.nn.functional.pad(growth[..., :-1], (1, 0))
+    grown = torch.cat([normaliser.square().sum(-1)[None, :, None], growth[..., -1:]]).cumsum(0)
+    return root(grown[:-1] + within)
 
 
 def root(square: Tensor) -> Tensor:

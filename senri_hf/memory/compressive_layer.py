@@ -352,8 +352,9 @@ class CompressiveLayer(MemoryLayer):
                 normaliser=ours.normaliser + normaliser,
                 tokens=ours.tokens + (theirs.tokens - before.tokens).to(device),
             )
-        start = other.now.state if other.journal is None else other.journal.older.state
-        if not torch.equal(start.tokens, before.tokens) or not torch.equal(start.memory, before.memory):
+        start = other.now if other.journal is None else other.journal.older
+        same = torch.equal(start.state.tokens, before.tokens) and torch.equal(start.state.memory, before.memory)
+        if not same:
             raise ValueError(
                 f"What the other memory read cannot be written again in layer {self.layer_idx}: the rule "
                 f"{self.shape.rule.name!r} takes away what it finds, so that matrices cannot be added up, and only the "
@@ -362,7 +363,8 @@ class CompressiveLayer(MemoryLayer):
                 "the rule 'additive'"
             )
         point = Progress.begin(ours.batch_size, self.shape, device, commits=False)
-        point = replace(point, state=ours)
+        waiting = None if start.open is None else start.open.map(lambda tensor: tensor.to(device))
+        point = replace(point, state=ours, open=waiting)
         for one in () if other.journal is None else (*other.journal.between, *other.journal.since):
             moved = replace(one, tokens=one.tokens.map(lambda tensor: tensor.to(device)))
             point = moved.replay(point, self.shape)
@@ -467,7 +469,7 @@ class CompressiveLayer(MemoryLayer):
         if self.now is None or self.shape is None:
             return {}
         state = self.now.closed(self.shape).detach()
-        return {} if state.is_blank else state.tensors()
+        return {} if state.is_blank and not bool(state.frozen.any()) else state.tensors()
 
     def check_state_dict(self, tensors: dict[str, Tensor]) -> None:
         if not tensors:
@@ -477,6 +479,16 @@ class CompressiveLayer(MemoryLayer):
         rows = tensors["tokens"].numel() if "tokens" in tensors else 1
         expected = CompressiveState.empty(rows, self.shape, torch.device("meta")).tensors()
         check_tensors(tensors, expected, f"layer {self.layer_idx}")
+        largest = {"slot": self.shape.slots - 1, "tokens": None, "filled": None}
+        if self.shape.slots > 1:
+            largest["filled"] = self.shape.slot_tokens - 1
+        for name, most in largest.items():
+            counts = tensors[name].tolist()
+            if not all(count >= 0 and (most is None or count <= most) for count in counts):
+                raise ValueError(
+                    f"The memory of layer {self.layer_idx} is damaged: {name} is {counts}, but must be at least 0"
+                    f"{'' if most is None else f' and at most {most}'}. Use an earlier copy"
+                )
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
         self.reset()

@@ -1,5 +1,6 @@
 """Senri: a language model with compressive memory."""
 
+import copy
 from pathlib import Path
 from typing import Any, Self
 
@@ -250,7 +251,7 @@ class SenriForCausalLM(RememberingLanguageModel, SenriPreTrainedModel, Generatio
                     nn.init.zeros_(last.weight)
                     if last.bias is not None:
                         nn.init.zeros_(last.bias)
-        ours.generation_config = base.generation_config
+        ours.generation_config = copy.deepcopy(base.generation_config)
         return ours.to(base.device, base.dtype).train(base.training)
 
 

@@ -7,7 +7,8 @@ what its key reads has a higher cosine with its value than with any other; `back
 compared without their mean. *Speed*: one row of 4,096 tokens, heads of several numbers and sizes, processor time of one
 thread, the chunk form beside the reference, which takes one head after another and token by token (one is timed, and
 counted as often as there are heads), and beside transformers' own `torch_chunk_gated_delta_rule`.
-Results are in `docs/compressive.json`.
+Results are in `docs/compressive.json`; what is there is not measured again. All forms of a rule and a shape are timed
+in the same run.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from senri_hf.memory.compressive import UpdateRule, elu_features, read, read_and
 OUTPUT = Path(__file__).parents[1] / "docs" / "compressive.json"
 SIZE, TOKENS, SEEDS = 64, 4096, 32
 # Heads and their sizes: those of a model of width 256, one of them, the default of Senri, and many small ones.
-SHAPES = ((4, 64), (1, 64), (1, 512), (32, 16))
+SHAPES = {"4 x 64": (4, 64), "1 x 64": (1, 64), "1 x 512": (1, 512), "32 x 16": (32, 16)}
 # Of larger heads the reference keeps too much for a gradient: a matrix or more for every token.
 LARGEST_TRAINED = 64
 
@@ -99,9 +100,9 @@ def speed(rule: str, heads: int, size: int) -> dict[str, float]:
         moved = [t.transpose(1, 2) for t in (q, k, v, gates[1], gates[0]) if t is not None]
         return torch_chunk_gated_delta_rule(*moved, output_final_state=True)
 
-    forms = {"chunks": (chunks, 5), "reference": (loop, 1)}
+    forms = {"chunks": (chunks, 9), "reference": (loop, 1)}
     if rule == "gated_delta":
-        forms["transformers"] = (theirs, 5)
+        forms["transformers"] = (theirs, 9)
     found = {}
     for name, (form, times) in forms.items():
         with torch.no_grad():
@@ -113,20 +114,24 @@ def speed(rule: str, heads: int, size: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rules", nargs="+", choices=UPDATE_RULES, default=UPDATE_RULES)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help="heads and their size")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    found = {
-        "recall": {rule: {pairs: recall(rule, pairs) for pairs in (8, 16, 32, 64)} for rule in UPDATE_RULES},
-        "recall backward": {
-            rule: {pairs: recall(rule, pairs, backward=True) for pairs in (8, 16, 32, 64)} for rule in UPDATE_RULES
-        },
-        "seconds": {
-            f"{heads} x {size}": {rule: speed(rule, heads, size) for rule in UPDATE_RULES} for heads, size in SHAPES
-        },
-    }
-    write_json(args.output, found)
-    print(json.dumps(found, indent=2))
+    found = json.loads(args.output.read_text()) if args.output.exists() else {}
+    for rule in args.rules:
+        for name, backward in (("recall", False), ("recall backward", True)):
+            of = found.setdefault(name, {})
+            if rule not in of:
+                of[rule] = {pairs: recall(rule, pairs, backward=backward) for pairs in (8, 16, 32, 64)}
+                write_json(args.output, found)
+        for shape in args.shapes:
+            times = found.setdefault("seconds", {}).setdefault(shape, {})
+            if rule not in times:
+                times[rule] = speed(rule, *SHAPES[shape])
+                write_json(args.output, found)
+            print(rule, shape, times[rule], flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What Senri costs as the text grows: a model of memory layers only beside a GPT-NeoX of the same size.
 
     python benchmarks/senri_cost.py                     # writes docs/senri_cost.json
+    python benchmarks/senri_cost.py --models delta      # one model, beside what the file says of the others
 
 Every figure is of a process of its own: processor seconds of one thread for reading the text in pieces of 2,048 tokens
 (as `generate(prefill_chunk_size=2048)` does) and for decoding after it, bytes of state (memory, or keys and values),
@@ -28,7 +29,7 @@ OUTPUT = Path(__file__).parents[1] / "docs" / "senri_cost.json"
 SIZES = {"vocab_size": 4096, "hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4}
 LAYERS, PIECE, NEW = 4, 2048, 24
 MODELS = ("gated_delta", "delta", "attention")
-LENGTHS = {"gated_delta": (1024, 8192, 32768, 65536), "delta": (8192, 65536), "attention": (1024, 8192, 32768)}
+LENGTHS = {name: (1024, 8192, 32768, 65536) for name in MODELS} | {"attention": (1024, 8192, 32768)}
 
 
 def build(name: str) -> Any:
@@ -75,15 +76,18 @@ def measure(name: str, length: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument("--one", nargs=2, metavar=("MODEL", "TOKENS"), help="measure this alone and print it")
     args = parser.parse_args()
     if args.one:
         print(json.dumps(measure(args.one[0], int(args.one[1]))))
         return
-    found: dict[str, dict[str, dict[str, float]]] = {name: {} for name in MODELS}
+    found: dict[str, dict[str, dict[str, float]]]
+    found = json.loads(args.output.read_text()) if args.output.exists() else {}
+    found.update({name: {} for name in args.models})
     for turn in range(args.rounds):
-        for name in MODELS:
+        for name in args.models:
             for length in LENGTHS[name]:
                 command = [sys.executable, __file__, "--one", name, str(length)]
                 out = subprocess.run(command, check=True, capture_output=True, text=True).stdout

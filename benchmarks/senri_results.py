@@ -52,7 +52,7 @@ def speed_section(found: dict[str, Any]) -> list[str]:
     for shape, seconds in found["seconds"].items():
         heads, size = shape.split(" x ")
         rows = []
-        for rule in RULES:
+        for rule in (rule for rule in RULES if rule in seconds):
             of = seconds[rule]
             cells = [f"`{rule}`"]
             for form in ("forward", "forward and backward"):

@@ -19,8 +19,8 @@ from . import compressive_kernels
 from .compressive_scan import scan
 
 
-# Chunks of all heads and rows that a processor takes at once: of 32 tokens, their triangles are 1 MB each.
-CHUNKS_AT_ONCE = 256
+# Tokens of all heads and rows that a processor takes at once: in heads of 64 every tensor of theirs is 2 MB.
+TOKENS_AT_ONCE = 2**13
 # Numbers in the matrices that chunks taken at once find: 16 MB on a processor.
 NUMBERS_AT_ONCE, NUMBERS_AT_ONCE_ON_GPU = 2**22, 2**27
 
@@ -157,7 +157,7 @@ def read_and_write(
         if compressive_kernels.serve(keys, values, rule):
             return by_kernel(memory, normaliser, queries, keys, values, rule, *gates, with_norm, chunk)
         length, found = keys.shape[-2], []
-        piece = chunk * chunks_at_once(memory)
+        piece = chunk * chunks_at_once(memory, chunk)
         for start in range(0, length, piece):
             part = slice(start, start + piece)
             q, k, v = (tensor[..., part, :] for tensor in (queries, keys, values))
@@ -171,14 +171,16 @@ def read_and_write(
         return Reads(values, match, norms), memory, normaliser
 
 
-def chunks_at_once(memory: Tensor) -> int:
-    """How many chunks a piece has that is computed in parallel: on a processor as many as stay in its cache, and
-    nowhere so many that the matrices [*, d_k, d_v] that they find are what takes the space.
+def chunks_at_once(memory: Tensor, chunk: int) -> int:
+    """How many chunks of `chunk` tokens a piece has, which is computed in parallel.
+
+    On a processor as many as stay in its cache, and nowhere so many that the matrices [*, d_k, d_v] that they find are
+    what takes the space.
     """
     most = NUMBERS_AT_ONCE_ON_GPU if memory.is_cuda else NUMBERS_AT_ONCE
     heads = max(1, memory[..., 0, 0].numel())
     chunks = most // max(1, memory.numel())
-    return max(1, chunks if memory.is_cuda else min(chunks, CHUNKS_AT_ONCE // heads))
+    return max(1, chunks if memory.is_cuda else min(chunks, TOKENS_AT_ONCE // (chunk * heads)))
 
 
 def fitting_chunk(size: int) -> int:

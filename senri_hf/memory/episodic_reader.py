@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..configuration import EpisodicConfig
-from .episodic import EpisodicState
+from .episodic import EpisodicState, occupied
 from .episodic_layer import EpisodicLayer
 
 
@@ -75,7 +75,7 @@ class MemoryView:
     recency: Tensor  # [B, H, 1, C] added to scores of conversations
     ages: Tensor  # [B, C] how many conversations ago, -1 where there is no such conversation
     gate: Tensor  # [H, 1, 1] what weights are multiplied with
-    stored: int  # M
+    stored: int  # M, as many of the store's first slots as hold all that it holds
 
 
 @dataclass(frozen=True)
@@ -163,17 +163,19 @@ class EpisodicReader(nn.Module):
 
     def project(self, memory: EpisodicState) -> MemoryView:
         """Keys, values and score biases of all slots: strength_scale log(strength) for those of the buffer."""
-        held = torch.cat([memory.buffer, memory.store], dim=1)
+        stored = occupied(memory.live_store())  # slots that hold nothing are not read
+        some = slice(stored)
+        held = torch.cat([memory.buffer, memory.store[:, some]], dim=1)
         slots = self.normalise(held)
         keys = split_heads(self.k_proj(slots), self.num_key_value_heads)
         if self.k_norm is not None:
             keys = self.k_norm(keys)
         null = self.null_key.to(keys.dtype)[None, :, None].expand(keys.shape[0], -1, -1, -1)
         values = split_heads(self.v_proj(slots), self.num_key_value_heads)
-        live = torch.cat([memory.live_buffer(self.config), memory.live_store()], dim=1)
-        place, ages = by_conversation(torch.cat([memory.buffer_age, memory.store_age], dim=1), live)
+        live = torch.cat([memory.live_buffer(self.config), memory.live_store()[:, some]], dim=1)
+        place, ages = by_conversation(torch.cat([memory.buffer_age, memory.store_age[:, some]], dim=1), live)
         decayed = self.strength_scale[:, None] * memory.strength.clamp_min(1e-9).log()[:, None]
-        bias = nn.functional.pad(decayed, (0, memory.store.shape[1])).masked_fill(~live[:, None], -torch.inf)
+        bias = nn.functional.pad(decayed, (0, stored)).masked_fill(~live[:, None], -torch.inf)
         bias = torch.cat([bias, self.null_score[:, None].expand(bias.shape[0], -1, -1)], dim=2)
         conversation = place[:, None] == torch.arange(CONVERSATIONS, device=place.device)[:, None]
         conversation = conversation & live[:, None]
@@ -187,7 +189,7 @@ class EpisodicReader(nn.Module):
             recency=self.recency(ages),
             ages=ages,
             gate=self.gate.float().tanh()[:, None, None],
-            stored=memory.store.shape[1],
+            stored=stored,
         )
 
     def topic_parts(self, encoded: Tensor, weight: nn.Module) -> Tensor:
@@ -238,6 +240,7 @@ class EpisodicReader(nn.Module):
         of_slots = torch.bmm(conversations.flatten(1, 2), view.conversation).view_as(score)  # no copy for every head
         weight = (score + view.bias + of_slots).softmax(-1)
         access = weight[..., -1 - view.stored : -1].detach().mean(1)
+        access = nn.functional.pad(access, (0, self.config.store_slots - view.stored))
         weight = (weight * view.gate).to(view.values.dtype)
         read = torch.bmm(weight.view(*grouped, -1), view.values).view(batch, self.num_heads, length, -1)
         added = self.o_proj(read.transpose(1, 2).reshape(batch, length, -1))

@@ -29,7 +29,7 @@ class DecoderLayers:
 
     @contextlib.contextmanager
     def seen(self, places: list[int]) -> Iterator[dict[int, Tensor]]:
-        """Inside, the inputs [B, T, D] of the layers at these indices are noted, and at their number the last output."""
+        """Inside, the inputs [B, T, D] of the layers at these indices are noted, and at their number the output."""
         found: dict[int, Tensor] = {}
 
         def note(index: int) -> Any:

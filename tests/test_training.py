@@ -1,5 +1,6 @@
 """Training on episodes: what a batch is, what a loss teaches, and that a run can be stopped and resumed."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -7,12 +8,16 @@ import pytest
 import torch
 from chatting import byte_tokenizer, chat_model
 from datasets import Dataset
-from models import tiny_model
+from models import ARCHITECTURES, tiny_model
 from peft import get_peft_model
+from torch.nn.utils.rnn import pad_sequence
 
 from senri_hf import EpisodeCollator, MemoryAdapterConfig, MemoryCache, MemoryTrainer, MemoryTrainingArguments
 from senri_hf.memory.router_loss import take_router_loss
+from senri_hf.memory import episodic, episodic_reader
+from senri_hf.memory.episodic_layer import EpisodicLayer
 from senri_hf.training import ask, encode_conversation, tell
+from senri_hf.training.told import ToldStates, beginning
 from senri_hf.training.trainer import SCALARS, retrieval_loss
 
 
@@ -149,6 +154,57 @@ def test_reused_states_are_those_that_a_blank_memory_reads(model: Any, tokenizer
     live = trainer(model.eval(), tokenizer, tmp_path).run_episodes(model, conversations)[0]
     reused = trainer(model, tokenizer, tmp_path, reuse_told_states=True).run_episodes(model, conversations)[0]
     torch.testing.assert_close(live, reused, rtol=2e-2, atol=2e-2)  # kept in bfloat16
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_what_is_read_once_gives_the_loss_and_gradients_of_reading_it_every_time(
+    arch: str, side: str, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plain way: every text alone and whole, every pass through all layers, tokens written as they come."""
+    episodes = [
+        {"conversations": [say("i am as", "ok"), say("i am user", "ok", keep=True), say("who", "as", train=True)]},
+        {"conversations": [say("i am me", "fine"), say("the sea", "ll", keep=True), say("who", "user", train=True)]},
+        {"conversations": [say("i am all", "ok"), say("my name", "ok"), say("na", "my", train=True, answer="m")]},
+        {"conversations": [say("i am a sea", "ll", keep=True), say("who", "name", train=True)]},
+    ]
+    conversations = EpisodeCollator(tokenizer, padding_side=side)(episodes)["conversations"]
+    told = [say(f"i am {who}", "ok") for who in ("as", "user")]
+    assert beginning([torch.tensor(encode_conversation(tokenizer, text)["input_ids"]) for text in told])
+
+    def whole(told: ToldStates, texts: list[torch.Tensor], places: list[int], stop: int) -> dict[int, torch.Tensor]:
+        rows = []
+        for text in texts:
+            with told.stack.seen(places) as found:
+                told.decoder(input_ids=text[None], use_cache=False)
+            rows.append(found)
+        return {place: pad_sequence([row[place][0] for row in rows], batch_first=True) for place in places}
+
+    def step() -> tuple[Any, ...]:
+        model = chat_model(tokenizer, arch)
+        runner = trainer(model, tokenizer, tmp_path, reuse_told_states=True)
+        assert runner.told is not None
+        runner.told.dtype = torch.float32  # type: ignore[misc]
+        found = []
+        for _ in range(2):  # the second time all that is told is known
+            loss, exact = runner.run_episodes(model.train(), conversations)
+            loss.backward()
+            found += [loss.detach(), exact]
+        return found, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    found, gradients = step()
+    monkeypatch.setattr(ToldStates, "_pass", whole)
+    monkeypatch.setattr(ToldStates, "below", lambda told, conversations: [None] * len(conversations))
+    monkeypatch.setattr(ToldStates, "kept_below", lambda told, **inputs: None)
+    monkeypatch.setattr(ToldStates, "as_without", lambda told, **inputs: contextlib.nullcontext())
+    monkeypatch.setattr(EpisodicLayer, "append_whole", EpisodicLayer.append)
+    monkeypatch.setattr(episodic, "occupied", lambda live: live.shape[1])
+    monkeypatch.setattr(episodic_reader, "occupied", lambda live: live.shape[1])
+    plain, expected = step()
+    torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-5, equal_nan=True)
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-5, msg=name)
 
 
 def test_options_that_exclude_each_other_are_refused(tmp_path: Path) -> None:

@@ -334,6 +334,10 @@ def main() -> None:
     log.setLevel(logging.INFO)
     log.addHandler(logging.FileHandler(args.checkpoint_dir / time.strftime("training_%Y%m%d_%H%M%S.log")))
     base, tokenizer = senri_hf.load_base(args.model, dtype=args.dtype)
+    if not torch.cuda.is_available():
+        base.set_attn_implementation(
+            "eager"
+        )  # for short texts forward and backward take half of fused attention's time
     layers = None if args.memory_layers == "auto" else [int(layer) for layer in args.memory_layers.split(",")]
     config = senri_hf.MemoryAdapterConfig(
         mechanism=args.mechanism, task_type="CAUSAL_LM", layers_to_transform=layers, **memory_settings(args)

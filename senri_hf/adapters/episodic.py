@@ -103,8 +103,14 @@ class EpisodicBlock(EpisodicReader, MemoryBlock):
             memory.defer(tokens, self.write_predicted)
         return read
 
-    def write_predicted(self, memory: EpisodicLayer, tokens: Tokens, all_real: bool = False) -> None:
-        """Write tokens with the surprise that the predictor finds in them; where it trains, keep its loss."""
+    def write_predicted(
+        self, memory: EpisodicLayer, tokens: Tokens, all_real: bool = False, whole: bool = False
+    ) -> None:
+        """Write tokens with the surprise that the predictor finds in them; where it trains, keep its loss.
+
+        Args:
+            whole: Whether these are all tokens of a conversation, which is over with them.
+        """
         assert self.predictor is not None
         encoded, real = tokens.hidden.detach(), tokens.real
         previous = shift(encoded, real, memory.previous(encoded), all_real)
@@ -114,7 +120,7 @@ class EpisodicBlock(EpisodicReader, MemoryBlock):
             error = self.prediction_error(encoded, previous)
         if learns:
             memory.losses.append((error.square() * real).sum() / real.sum().clamp_min(1))
-        memory.append(replace(tokens, surprise=error.detach()))
+        (memory.append_whole if whole else memory.append)(replace(tokens, surprise=error.detach()))
 
 
 def write_surprised(items: list[Any], hidden: Tensor, context: ForwardContext) -> None:

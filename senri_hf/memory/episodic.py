@@ -121,21 +121,28 @@ def running_statistics(state: EpisodicState, surprise: Tensor, valid: Tensor, al
 
 
 def stage_segment(
-    state: EpisodicState, hidden: Tensor, surprise: Tensor, valid: Tensor, config: EpisodicConfig
+    state: EpisodicState,
+    hidden: Tensor,
+    surprise: Tensor,
+    valid: Tensor,
+    config: EpisodicConfig,
+    in_place: bool = False,
 ) -> EpisodicState:
     """Write one segment: surprising tokens into the store, novel ones into the buffer.
 
     Args:
         hidden: [B, S, D], float32. surprise: [B, S]. valid: [B, S], true for the first tokens of a row, as many as it
             has in this segment; a row with none is left as it is.
+        in_place: Whether the slots of `state` may be changed, which is then of no more use.
     """
+    in_place = in_place and not (torch.is_grad_enabled() and (hidden.requires_grad or state.store.requires_grad))
     number = state.tokens[:, None] + torch.arange(hidden.shape[1], device=hidden.device)
     count = valid.sum(1)
     surprise = surprise.detach().float()
     sums = running_statistics(state, surprise, valid, config.ema_alpha)
     if config.store_slots:
-        state = consolidate(state, hidden, surprise, valid, number, sums, config)
-    state = write_buffer(state, hidden, valid, number, config)
+        state = consolidate(state, hidden, surprise, valid, number, sums, config, in_place)
+    state = write_buffer(state, hidden, valid, number, config, in_place)
     mean, square, weight = (total.gather(1, count[:, None])[:, 0] for total in sums)
     return replace(
         state, surprise_mean=mean, surprise_square=square, surprise_weight=weight, tokens=state.tokens + count
@@ -165,6 +172,7 @@ def consolidate(
     number: Tensor,
     sums: tuple[Tensor, ...],
     config: EpisodicConfig,
+    in_place: bool = False,
 ) -> EpisodicState:
     """Take the surprising tokens of a segment into the store.
 
@@ -172,7 +180,9 @@ def consolidate(
     of them. The others, most surprising first, replace the least important slots, as long as they are more important.
     """
     mean, deviation, threshold = surprise_threshold(state, sums, config)
-    similarity = cosine(hidden.detach(), state.store).masked_fill(~state.live_store()[:, None], -2.0)
+    live = state.live_store()
+    some = slice(max(occupied(live), 1))
+    similarity = cosine(hidden.detach(), state.store[:, some]).masked_fill(~live[:, None, some], -2.0)
     nearest, slot = similarity.max(-1)  # [B, S]
     same = nearest >= config.consolidation_similarity
     if config.contrastive_weight:
@@ -192,9 +202,9 @@ def consolidate(
     update = known & (best == torch.arange(hidden.shape[1], device=slot.device))
     update = update & (surprise > state.surprise.gather(1, slot))
     updated = slot.masked_fill(~update, config.store_slots)
+    before = state.store
     state = replace(
         state,
-        store=put(state.store, updated, hidden),
         surprise=put(state.surprise, updated, surprise),
         store_age=put(state.store_age, updated, torch.zeros_like(slot)),
         tag=put(state.tag, updated, number),
@@ -207,18 +217,26 @@ def consolidate(
     importance, slot = (ranked[:, :pairs] for ranked in state.importance().sort(dim=1, stable=True))
     enters = (value > -torch.inf) & (SURPRISE_IMPORTANCE * value > importance)
     slot = slot.masked_fill(~enters, config.store_slots)
-    return replace(
+    state = replace(
         state,
-        store=put(state.store, slot, take(hidden, token)),
         surprise=put(state.surprise, slot, value),
         access=put(state.access, slot, torch.zeros_like(value)),
         store_age=put(state.store_age, slot, torch.zeros_like(slot)),
         tag=put(state.tag, slot, number.gather(1, token)),
     )
+    # Every token has one slot at most, and every slot the token whose tag it has: an update may have been replaced.
+    written = updated.scatter(1, token, torch.where(enters, slot, updated.gather(1, token)))
+    stands = state.tag.gather(1, written.clamp_max(config.store_slots - 1)) == number
+    return replace(state, store=put(before, written.masked_fill(~stands, config.store_slots), hidden, in_place))
 
 
 def write_buffer(
-    state: EpisodicState, hidden: Tensor, valid: Tensor, number: Tensor, config: EpisodicConfig
+    state: EpisodicState,
+    hidden: Tensor,
+    valid: Tensor,
+    number: Tensor,
+    config: EpisodicConfig,
+    in_place: bool = False,
 ) -> EpisodicState:
     """Write a segment into the buffer: known tokens reinforce their nearest slot, novel ones take the weakest slots."""
     live = state.live_buffer(config)
@@ -236,7 +254,7 @@ def write_buffer(
     moved = torch.lerp(take(state.buffer, slot), mean, config.write_alpha)
     state = replace(
         state,
-        buffer=put(state.buffer, reinforced, moved),
+        buffer=put(state.buffer, reinforced, moved, in_place),
         strength=put(state.strength, reinforced, torch.ones_like(nearest)),
         buffer_age=put(state.buffer_age, reinforced, torch.zeros_like(slot)),
         buffer_tag=put(state.buffer_tag, reinforced, number),
@@ -249,7 +267,7 @@ def write_buffer(
     slot = weakest.gather(1, rank.clamp_min(0)).masked_fill(~novel, config.buffer_slots)
     return replace(
         state,
-        buffer=put(state.buffer, slot, hidden),
+        buffer=put(state.buffer, slot, hidden, in_place),
         strength=put(state.strength, slot, torch.ones_like(slot, dtype=state.strength.dtype)),
         buffer_age=put(state.buffer_age, slot, torch.zeros_like(slot)),
         buffer_tag=put(state.buffer_tag, slot, number),
@@ -292,9 +310,20 @@ def take(hidden: Tensor, token: Tensor) -> Tensor:
     return hidden.gather(1, expand(token, hidden.shape[-1]))
 
 
-def put(slots: Tensor, slot: Tensor, values: Tensor) -> Tensor:
-    """A copy of slots [B, N, ...] with values [B, K, ...] at slot [B, K]; index N writes nowhere."""
+def occupied(live: Tensor) -> int:
+    """How many of the first slots hold all that slots [B, N] hold; all of them, where asking would keep a device."""
+    if live.device.type != "cpu" or torch.compiler.is_compiling():
+        return live.shape[1]
+    return int((live * torch.arange(1, live.shape[1] + 1)).max()) if live.numel() else 0
+
+
+def put(slots: Tensor, slot: Tensor, values: Tensor, in_place: bool = False) -> Tensor:
+    """Slots [B, N, ...], or a copy of them, with values [B, K, ...] at slot [B, K]; index N writes nowhere."""
     written = slot < slots.shape[1]
+    if in_place:
+        row, token = written.nonzero(as_tuple=True)
+        slots[row, slot[row, token]] = values[row, token].to(slots.dtype)
+        return slots
     # What writes nowhere repeats the row's first write or, where there is none, what slot 0 holds: no second copy of
     # all slots is made. Only one of the same gets a gradient.
     some, first = written.any(1, keepdim=True), written.int().argmax(1, keepdim=True)

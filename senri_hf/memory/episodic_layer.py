@@ -24,7 +24,7 @@ class Tokens(RowState):
 
     hidden: Tensor  # [B, T, D]
     surprise: Tensor  # [B, T]
-    access: Tensor  # [B, T, M] attention mass that the token's read gave to every store slot
+    access: Tensor  # [B, T, M] attention mass that the token's read gave to every store slot; [B, T, 0] for none
     asked: Tensor  # [B, T, K] what the token adds to what the open conversation asks about
     real: Tensor  # [B, T] bool
 
@@ -192,6 +192,8 @@ class EpisodicLayer(MemoryLayer):
     def append(self, tokens: Tokens) -> None:
         """Take in the next columns and stage the segments that they complete."""
         self._begin(tokens.hidden)
+        if not self.keeps_graph and self.config.read_scope == "conversation":
+            tokens = tokens.detach()
         now = cast(Progress, self.now)
         old = tokens.columns - ROLLBACK_TOKENS
         if old > 0:  # too far back ever to be taken back: taken in, not kept
@@ -203,6 +205,20 @@ class EpisodicLayer(MemoryLayer):
             journal = Journal(journal.newer, now, between=journal.since)
         self.journal = replace(journal, since=(*journal.since, tokens), columns=journal.columns + tokens.columns)
         self.now = self._absorb(now, tokens)
+
+    def append_whole(self, tokens: Tokens) -> None:
+        """Take in and stage all columns of a conversation that is over with them: none of them can be taken back.
+
+        Their `access` and `asked` may have no columns where nothing was read. Slots are changed in place, also for
+        whoever shares them with this layer.
+        """
+        self._begin(tokens.hidden)
+        now = cast(Progress, self.now)
+        assert not now.open
+        self.journal, self.now = (
+            None,
+            replace(self._stage(now, tokens, final=True, in_place=True), open=(), open_bound=0),
+        )
 
     def rollback(self, tokens: int) -> None:
         if self.now is None or tokens == 0:
@@ -355,8 +371,12 @@ class EpisodicLayer(MemoryLayer):
             return replace(now, open=chunks, open_bound=bound)
         return self._stage(now, Tokens.join(chunks), final=False)
 
-    def _stage(self, now: Progress, tokens: Tokens, *, final: bool) -> Progress:
-        """Stage all complete segments of `tokens`, and the open one too when `final`; the rest stays open."""
+    def _stage(self, now: Progress, tokens: Tokens, *, final: bool, in_place: bool = False) -> Progress:
+        """Stage all complete segments of `tokens`, and the open one too when `final`; the rest stays open.
+
+        Args:
+            in_place: Whether the slots of what is staged may be changed; those that are made here may.
+        """
         length, device = self.config.segment_length, tokens.real.device
         count = tokens.real.sum(1)
         longest = int(count.max())  # asks the device once a segment, so that padding does not stage at every token
@@ -371,8 +391,10 @@ class EpisodicLayer(MemoryLayer):
             segment = tokens.slice(start, start + length)
             valid = segment.real & (torch.arange(start, start + segment.columns, device=device) < complete[:, None])
             read = staged if self.config.read_scope == "committed_segments" else now.committed
-            staged = add_access(staged, (segment.access * valid[..., None]).sum(1), read.tag)
-            staged = stage_segment(staged, segment.hidden, segment.surprise, valid, self.config)
+            if segment.access.shape[-1]:
+                staged = add_access(staged, (segment.access * valid[..., None]).sum(1), read.tag)
+            staged = stage_segment(staged, segment.hidden, segment.surprise, valid, self.config, in_place)
+            in_place = True
         left = count - complete
         index = torch.arange(min(length - 1, longest), device=device)
         rest = tokens.at((complete[:, None] + index).clamp_max(max(longest - 1, 0)))

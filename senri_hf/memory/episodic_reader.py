@@ -2,13 +2,13 @@
 
 import copy
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..configuration import EpisodicConfig
-from .episodic import EpisodicState
+from .episodic import EpisodicState, occupied
 from .episodic_layer import EpisodicLayer
 
 
@@ -74,8 +74,8 @@ class MemoryView:
     topics: Tensor  # [B, C, P t] of unit length each, what was talked about in a conversation
     recency: Tensor  # [B, H, 1, C] added to scores of conversations
     ages: Tensor  # [B, C] how many conversations ago, -1 where there is no such conversation
-    gate: Tensor  # [H, 1, 1] what weights are multiplied with
-    stored: int  # M
+    gate: Tensor  # [H, 1, 1] what is read is multiplied with
+    stored: int  # M, as many of the store's first slots as hold all that it holds
 
 
 @dataclass(frozen=True)
@@ -163,17 +163,20 @@ class EpisodicReader(nn.Module):
 
     def project(self, memory: EpisodicState) -> MemoryView:
         """Keys, values and score biases of all slots: strength_scale log(strength) for those of the buffer."""
-        held = torch.cat([memory.buffer, memory.store], dim=1)
+        stored = occupied(memory.live_store())  # slots that hold nothing are not read
+        some = slice(stored)
+        held = torch.cat([memory.buffer, memory.store[:, some]], dim=1)
         slots = self.normalise(held)
-        keys = split_heads(self.k_proj(slots), self.num_key_value_heads)
+        key, value = projected(slots, self.k_proj, self.v_proj)
+        keys = split_heads(key, self.num_key_value_heads)
         if self.k_norm is not None:
             keys = self.k_norm(keys)
         null = self.null_key.to(keys.dtype)[None, :, None].expand(keys.shape[0], -1, -1, -1)
-        values = split_heads(self.v_proj(slots), self.num_key_value_heads)
-        live = torch.cat([memory.live_buffer(self.config), memory.live_store()], dim=1)
-        place, ages = by_conversation(torch.cat([memory.buffer_age, memory.store_age], dim=1), live)
+        values = split_heads(value, self.num_key_value_heads)
+        live = torch.cat([memory.live_buffer(self.config), memory.live_store()[:, some]], dim=1)
+        place, ages = by_conversation(torch.cat([memory.buffer_age, memory.store_age[:, some]], dim=1), live)
         decayed = self.strength_scale[:, None] * memory.strength.clamp_min(1e-9).log()[:, None]
-        bias = nn.functional.pad(decayed, (0, memory.store.shape[1])).masked_fill(~live[:, None], -torch.inf)
+        bias = nn.functional.pad(decayed, (0, stored)).masked_fill(~live[:, None], -torch.inf)
         bias = torch.cat([bias, self.null_score[:, None].expand(bias.shape[0], -1, -1)], dim=2)
         conversation = place[:, None] == torch.arange(CONVERSATIONS, device=place.device)[:, None]
         conversation = conversation & live[:, None]
@@ -187,14 +190,14 @@ class EpisodicReader(nn.Module):
             recency=self.recency(ages),
             ages=ages,
             gate=self.gate.float().tanh()[:, None, None],
-            stored=memory.store.shape[1],
+            stored=stored,
         )
 
-    def topic_parts(self, encoded: Tensor, weight: nn.Module) -> Tensor:
+    def topic_parts(self, encoded: Tensor, weight: nn.Linear) -> Tensor:
         """What tokens [B, T, D] add to topics: their projections times their weights, [B, T, P t]."""
-        encoded = encoded.to(self.gate.dtype)
-        share = weight(encoded).float().clamp(-TOPIC_WEIGHT, TOPIC_WEIGHT).exp()
-        return (self.topic_proj(encoded).float().unflatten(-1, (share.shape[-1], -1)) * share[..., None]).flatten(2)
+        topic, weight_log = projected(encoded.to(self.gate.dtype), self.topic_proj, weight)
+        share = weight_log.float().clamp(-TOPIC_WEIGHT, TOPIC_WEIGHT).exp()
+        return (topic.float().unflatten(-1, (share.shape[-1], -1)) * share[..., None]).flatten(2)
 
     def topics(self, parts: Tensor) -> Tensor:
         """The topics [B, N, P t], of unit length each, of summed parts [B, N, P t]; zero where nothing was summed."""
@@ -238,8 +241,10 @@ class EpisodicReader(nn.Module):
         of_slots = torch.bmm(conversations.flatten(1, 2), view.conversation).view_as(score)  # no copy for every head
         weight = (score + view.bias + of_slots).softmax(-1)
         access = weight[..., -1 - view.stored : -1].detach().mean(1)
-        weight = (weight * view.gate).to(view.values.dtype)
+        access = nn.functional.pad(access, (0, self.config.store_slots - view.stored))
+        weight = weight.to(view.values.dtype)
         read = torch.bmm(weight.view(*grouped, -1), view.values).view(batch, self.num_heads, length, -1)
+        read = read * view.gate.to(read.dtype)
         added = self.o_proj(read.transpose(1, 2).reshape(batch, length, -1))
         if not self.training:
             return Reading(added, access, None)
@@ -333,14 +338,29 @@ class LowRankLinear(nn.Module):
         return super().train(mode)
 
     def forward(self, x: Tensor) -> Tensor:
-        linear = nn.functional.linear
         if torch.is_grad_enabled() or self.training:
-            x = x.to(self.down.dtype)
-            bias = None if self.base_bias is None else self.base_bias.to(x.dtype)
-            change = linear(linear(x, self.down), self.up)
-            return linear(x, self.base_weight.to(x.dtype), bias) + LOW_RANK_SCALE * change
+            return self.together(x, (self,))[0]
         weight = self.merged_weight()
-        return linear(x.to(weight.dtype), weight, self.base_bias)
+        return nn.functional.linear(x.to(weight.dtype), weight, self.base_bias)
+
+    @staticmethod
+    def together(x: Tensor, projections: "tuple[LowRankLinear, ...]") -> list[Tensor]:
+        """Several of them of the same x. What is frozen is multiplied apart: its gradient would be computed, too."""
+        x = x.to(projections[0].down.dtype)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        frozen = torch.cat([projection.base_weight for projection in projections]).to(x.dtype)
+        base = nn.functional.linear(x, frozen).split([len(p.base_weight) for p in projections], dim=-1)
+        down = torch.cat([projection.down for projection in projections])
+        low = nn.functional.linear(x, down).split([len(p.down) for p in projections], dim=-1)
+        return [
+            part + LOW_RANK_SCALE * nn.functional.linear(change, projection.up)
+            if projection.base_bias is None
+            else part
+            + projection.base_bias.to(part.dtype)
+            + LOW_RANK_SCALE * nn.functional.linear(change, projection.up)
+            for part, change, projection in zip(base, low, projections, strict=True)
+        ]
 
     def merged_weight(self) -> Tensor:
         """W + scale B A, kept while neither changes."""
@@ -363,6 +383,21 @@ def projection(weight: Tensor, bias: Tensor | None, rank: int | None) -> nn.Modu
     return layer
 
 
-def split_heads(projected: Tensor, heads: int) -> Tensor:
+def projected(x: Tensor, *projections: nn.Module) -> list[Tensor]:
+    """Several projections of x, of one kind and without biases of copies, by one multiplication where they are learned.
+
+    Then x is large and they are not, and every multiplication would make its own copy of x in the dtype of autocast.
+    """
+    if not torch.is_grad_enabled() and not any(projection.training for projection in projections):
+        return [projection(x) for projection in projections]
+    if all(isinstance(projection, LowRankLinear) for projection in projections):
+        return LowRankLinear.together(x, cast(tuple[LowRankLinear, ...], projections))
+    layers = cast(tuple[nn.Linear, ...], projections)
+    biases = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
+    weight = torch.cat([layer.weight for layer in layers])
+    return list(nn.functional.linear(x, weight, biases).split([layer.out_features for layer in layers], dim=-1))
+
+
+def split_heads(states: Tensor, heads: int) -> Tensor:
     """[B, N, heads * d] to [B, heads, N, d]."""
-    return projected.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return states.unflatten(-1, (heads, -1)).transpose(1, 2)

@@ -25,6 +25,8 @@ class MemoryLayer(DummyLayer):
         adapter_name: Name of the adapter it belongs to.
         is_read_only: While True, nothing at all is written.
         writes_generated: Whether tokens that `generate()` produced are written too.
+        keeps_graph: Whether, in training, what is written leads back to how it was computed. Without it what a
+            conversation leaves is data to those after it, as after `detach`, and costs less.
         losses: Losses of the mechanism's own parts, until the trainer takes them.
         conversation_scores: In training, how much the tokens of the last pass read which past conversation
             ([B, H, T, C] by age), until the trainer takes them; mechanisms that do not tell them apart leave it None.
@@ -47,6 +49,7 @@ class MemoryLayer(DummyLayer):
         self.adapter_name = adapter_name
         self.is_read_only = False
         self.writes_generated = True
+        self.keeps_graph = True
         self.losses: list[Tensor] = []
         self.conversation_scores: Tensor | None = None
 

@@ -2,7 +2,7 @@
 
 from typing import Any, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 
@@ -91,3 +91,8 @@ def encode_text(
 def learned_columns(wanted: Tensor) -> Tensor:
     """The columns whose next token is wanted, [B, T], in some row: those whose logits are needed."""
     return wanted.any(0)[1:].nonzero()[:, 0]
+
+
+def before(wanted: Tensor) -> Tensor:
+    """Where the next token is wanted, [B, T]: whose logits are needed. Nothing predicts a row's first token."""
+    return nn.functional.pad(wanted[:, 1:], (0, 1))

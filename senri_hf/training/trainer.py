@@ -1,5 +1,6 @@
 """Training of memory on episodes."""
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -11,7 +12,7 @@ from transformers.trainer_utils import EvalPrediction
 from ..memory import MemoryCache
 from ..memory.router_loss import take_router_loss
 from .arguments import MemoryTrainingArguments
-from .episodes import IGNORED, learned_columns
+from .episodes import IGNORED, before
 from .groups import learning_rate_of
 from .schedule import FlooredSchedule
 from .told import ToldStates
@@ -103,8 +104,10 @@ class MemoryTrainer(FlooredSchedule):
         A row without a label in a conversation counts as NaN there.
         """
         memory = self.new_memory(model)
+        below: list[Tensor | None] = [None] * len(conversations)
         if self.told is not None:
             self.told.read(conversations)
+            below = self.told.below(conversations)
         learning = torch.is_grad_enabled()
         losses, counts, exact, retrieved, routed = [], [], [], [], []
         for index, conversation in enumerate(conversations):
@@ -116,27 +119,25 @@ class MemoryTrainer(FlooredSchedule):
             if self.told is not None and not learns:
                 self.told.write(memory, conversation["input_ids"], conversation["attention_mask"])
             else:
-                columns = learned_columns(conversation["labels"] != IGNORED)
+                wanted = before(conversation["labels"] != IGNORED)
                 group = index // self.args.detach_every * self.args.detach_every
                 followed = any(later["learns"] for later in conversations[index : group + self.args.detach_every])
-                with torch.set_grad_enabled(learning and followed):
-                    logits = model(**model_inputs(conversation), past_key_values=memory, logits_to_keep=columns).logits
+                with torch.set_grad_enabled(learning and followed), self.from_below(below[index]):
+                    logits = model(**model_inputs(conversation), past_key_values=memory, logits_to_keep=wanted).logits
                 routed.append(take_router_loss(model))
             if learns:
-                target = conversation["labels"][:, columns + 1]
-                losses.append(
-                    nn.functional.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), reduction="sum")
-                )
-                labelled = target != IGNORED
-                counts.append(labelled.sum())
+                target = conversation["labels"].roll(-1, dims=1)[wanted]
+                losses.append(nn.functional.cross_entropy(logits.float(), target, reduction="sum"))
+                counts.append(wanted.sum())
                 retrieved += [
-                    retrieval_loss(scores[:, :, columns], labelled, conversation["told_ago"])
+                    retrieval_loss(scores, wanted, conversation["told_ago"])
                     for scores in memory.take_conversation_scores()
                     if bool(conversation["told_ago"].any())
                 ]
-                judged = conversation["judged"][:, columns + 1].bool() if "judged" in conversation else labelled
-                right = ((logits.argmax(-1) == target) | ~judged).all(1).float()
-                exact.append(right.masked_fill(~judged.any(1), torch.nan))
+                judged = before(conversation["judged"].bool()) & wanted if "judged" in conversation else wanted
+                wrong = torch.zeros_like(wanted)
+                wrong[wanted] = logits.argmax(-1) != target
+                exact.append((~wrong | ~judged).all(1).float().masked_fill(~judged.any(1), torch.nan))
             memory.clear_context()
             if (index + 1) % self.args.detach_every == 0:
                 memory.detach()
@@ -163,24 +164,36 @@ class MemoryTrainer(FlooredSchedule):
             Its sum over the marked tokens, and their number.
         """
         rows = conversation["keep"].any(1).nonzero()[:, 0]
-        marked = conversation["keep"][rows].bool()
-        columns = learned_columns(marked)
-        inputs = {name: tensor[rows] for name, tensor in model_inputs(conversation).items()}
-        with torch.no_grad():  # without a cache there is no memory: the base model
-            base = model(**inputs, use_cache=False, logits_to_keep=columns).logits
-        remembered = memory if memory.rows is None else memory.select_rows(rows)
-        logits = model(**inputs, past_key_values=remembered.snapshot(), logits_to_keep=columns).logits
+        used = conversation["attention_mask"][rows].any(0).nonzero()[:, 0]  # not what other rows are padded to
+        used = slice(int(used[0]), int(used[-1]) + 1)
+        wanted = before(conversation["keep"][rows][:, used].bool())
+        inputs = {name: tensor[rows][:, used] for name, tensor in model_inputs(conversation).items()}
+        below: Tensor | None = None
+        without: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if self.told is not None:
+            below, without = self.told.kept_below(**inputs), self.told.as_without(**inputs)
+        with torch.no_grad(), without:  # without a cache there is no memory: the base model
+            base = model(**inputs, use_cache=False, logits_to_keep=wanted).logits
+        remembered = (memory if memory.rows is None else memory.select_rows(rows)).snapshot()
+        with self.from_below(below):
+            logits = model(**inputs, past_key_values=remembered, logits_to_keep=wanted).logits
         divergence = nn.functional.kl_div(
-            logits.float().log_softmax(-1), base.float().log_softmax(-1), log_target=True, reduction="none"
+            logits.float().log_softmax(-1), base.float().log_softmax(-1), log_target=True, reduction="sum"
         )
-        counted = marked[:, columns + 1]
-        return (divergence.sum(-1) * counted).sum(), counted.sum()
+        return divergence, wanted.sum()
+
+    def from_below(self, states: Tensor | None) -> contextlib.AbstractContextManager[None]:
+        """Inside, the model's pass begins with these states at the first layer with memory; None: as usual."""
+        return contextlib.nullcontext() if states is None or self.told is None else self.told.from_below(states)
 
     def new_memory(self, model: nn.Module) -> MemoryCache:
         """An empty memory for the model."""
         if not hasattr(self, "_blank_memory"):
             self._blank_memory = MemoryCache.for_model(self.accelerator.unwrap_model(model))
-        return self._blank_memory.snapshot()
+        memory = self._blank_memory.snapshot()
+        for layer in memory.memory_layers:
+            layer.keeps_graph = self.args.detach_every > 1
+        return memory
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None

@@ -156,8 +156,8 @@ def cyclic_section(runs: dict[str, Any]) -> list[str]:
         f"The windows give {extent['windows']['different']} different activations, of which "
         f"{extent['windows']['components']} principal components hold 99.8%; the unseen contexts "
         f"{extent['unseen']['different']}, nearly all of them at the last symbol, of which "
-        f"{extent['unseen']['components']} do. Of earlier symbols the transformer was trained on all beginnings; those "
-        "that the autoencoder alone was not trained on make it "
+        f"{extent['unseen']['components']} do. The transformer was trained on nearly all beginnings that end earlier; "
+        "with those that only the autoencoder was not trained on they are "
         f"{extent['new']['different']}, of which {extent['new']['components']} do.",
         "",
         *contexts_table({seed: run["check"] for seed, run in runs.items()}),
@@ -319,7 +319,7 @@ def lorenz_section(found: dict[str, Any]) -> list[str]:
     lines += table(["", "furthest", "jumps"], rows)
     chains_jumps = {name: share for name, share in jumps.items() if name.startswith("Markov chain")}
     ratios = [
-        f"{jumps['transformer'] / share:.1f} times that of the {name}" for name, share in chains_jumps.items() if share
+        f"{jumps['transformer'] / share:.2g} times that of the {name}" for name, share in chains_jumps.items() if share
     ]
     if jumps["transformer"] and not jumps["test trajectories"] and ratios:
         lines += [

@@ -12,6 +12,8 @@ import torch
 from chatting import byte_tokenizer
 from models import Subject, tiny_model
 
+from senri_hf import SymbolicTransformerConfig, SymbolicTransformerForCausalLM
+
 
 pytest.importorskip("matplotlib")
 
@@ -92,6 +94,22 @@ def test_no_activation_counts_as_unseen_that_is_of_something_trained_on(load: Lo
         counted = [tuple(rows[row][: place + 1]) for row, place in new.nonzero().tolist()]
         assert len(counted) == len(set(counted)) > least and not known & set(counted)
     assert judged["windows"].new.sum() == len(train.beginnings(task.windows(10)))
+
+
+def test_every_different_activation_is_trained_on_once_and_a_fifth_are_of_the_windows(load: Load) -> None:
+    load("cyclic_sequence/train_cyclic.py")
+    train = load("cyclic_sequence/train_sae.py")
+    task, settings = train.CyclicSequence(), {"block": 10, "held_out": 0.2}
+    torch.manual_seed(0)
+    config = SymbolicTransformerConfig(hidden_size=16, num_attention_heads=1, initializer_range=0.5)
+    model, module = SymbolicTransformerForCausalLM(config).eval(), "model.layers.0"
+    windows = train.beginnings(task.windows(10))
+    different = windows | train.beginnings(train.rows_of(task, settings))
+    both = train.training_activations(model, module, task, settings, "both")
+    alone = train.training_activations(model, module, task, settings, "windows")
+    assert len(both.unique(dim=0)) == len(different) and len(alone) == len(alone.unique(dim=0)) == len(windows)
+    of_windows = len(both) - (len(different) - len(windows))
+    assert of_windows % len(windows) == 0 and of_windows / len(both) == pytest.approx(train.WINDOWS, abs=0.01)
 
 
 @pytest.mark.parametrize("share", ["0", "1", "-0.5"])

@@ -34,8 +34,9 @@ ADAPTER = Path("examples") / "name_recall" / "adapters" / "smollm2-135m-instruct
 STORE = DOCS / "symbolic.json"
 SEEDS = (0, 1, 2)
 # Latents per dimension of autoencoders beside those of the cyclic sequence's own size, with the first seed.
-SIZES = (0.4375, 2.0)
-PARTS = ("cyclic", "sizes", "variants", "lorenz", "language_model", "memory")
+SIZES = (1.0, 2.0)
+HEADS = 4  # of a transformer beside those of the cyclic sequence, which have one
+PARTS = ("cyclic", "sizes", "heads", "variants", "lorenz", "language_model", "memory")
 SEEDED = ("cyclic", "memory")
 SAELENS = "saelens"
 LANGUAGE_MODEL = ["--model", "smollm2-135m-instruct", "--module", "model.layers.8"]
@@ -105,6 +106,15 @@ def sizes_run(factor: float) -> Run:
     train = cyclic_runs(SEEDS[0])["train"]
     arguments = ["--model", str(train.folder), "--expansion-factor", str(factor)]
     return Run(f"sae-{factor}", "train_sae", *arguments, needs=(train,))
+
+
+def heads_runs() -> dict[str, Run]:
+    """A transformer with more heads, and an autoencoder of it."""
+    train = Run(f"train-heads-{HEADS}", "train_cyclic", "--num-heads", str(HEADS))
+    return {
+        "train": train,
+        "sae": Run(f"sae-heads-{HEADS}", "train_sae", "--model", str(train.folder), needs=(train,)),
+    }
 
 
 def variants_run() -> Run:
@@ -259,6 +269,7 @@ def main() -> None:
     runs: dict[str, Any] = {
         "cyclic": lambda: {str(seed): cyclic_runs(seed) for seed in seeds},
         "sizes": lambda: {str(factor): sizes_run(factor) for factor in SIZES},
+        "heads": heads_runs,
         "variants": variants_run,
         "lorenz": lambda: Run("lorenz", "train_lorenz"),
         "memory": lambda: {str(seed): memory_run(seed, args.adapter) for seed in seeds},

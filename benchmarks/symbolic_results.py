@@ -17,8 +17,15 @@ FIGURES = {
 }
 
 
-CYCLIC = {"train", "sae", "edit", "check"}
+# The runs that a seed of the cyclic sequence has, and those of more heads.
+CYCLIC, HEADS = {"train", "sae", "edit", "check"}, {"train", "sae"}
 CONTROLS = ("other_latents", "directions")
+# The most wrong symbols in a context that the transformer is trained on.
+TRAINED_WRONG = 3
+SEEN_KINDS = [f"{wrong} wrong" for wrong in range(1, TRAINED_WRONG + 1)]
+UNSEEN_KIND = f"{TRAINED_WRONG + 1} wrong"
+# What autoencoders of the cyclic sequence are measured on.
+MEASURED = {"unseen": "unseen contexts", "new": "contexts new to it alone", "windows": "the windows, trained on"}
 # What would be read as markup in a table.
 MARKUP = re.compile(r"([\\`*_<>|\[\]])")
 
@@ -27,29 +34,29 @@ def render(found: dict[str, Any]) -> list[str]:
     """The lines of the page; of the cyclic sequence those seeds are shown of which every example was run."""
     cyclic = {seed: of_seed for seed, of_seed in found.get("cyclic", {}).items() if of_seed.keys() >= CYCLIC}
     found = {**found, "cyclic": cyclic}
-    lines = ["# Symbols, sparse autoencoders, interventions: results", ""]
-    lines += [
-        "Written by `python benchmarks/symbolic.py` from `symbolic.json`; the commands are those of the examples."
+    first: dict[str, Any] = next(iter(cyclic.values()), {})
+    if not first or found.get("heads", {}).keys() != HEADS:
+        found.pop("heads", None)
+    if not first:
+        found.pop("sizes", None)
+    lines = [
+        "# Symbols, sparse autoencoders, interventions: results",
+        "",
+        "Written by `python benchmarks/symbolic.py` from `symbolic.json`; the commands are those of the examples.",
     ]
-    if found.get("cyclic"):
-        lines += ["", *summary(list(found["cyclic"].values()))]
+    if cyclic:
+        lines += ["", *summary(list(cyclic.values()))]
     for part, title, section in (
         ("cyclic", "The cyclic sequence", cyclic_section),
-        ("sizes", "Autoencoders of other sizes", None),
+        ("sizes", "Autoencoders of other sizes", lambda sizes: sizes_section(first, sizes)),
+        ("heads", "A transformer with more heads", lambda heads: heads_section(first, heads)),
         ("variants", "Variants of autoencoders", variants_section),
         ("lorenz", "The Lorenz system in three symbols", lorenz_section),
         ("language_model", "A layer of SmolLM2-135M, on real text", language_model_section),
         ("saelens", "The same autoencoder in SAELens", saelens_section),
         ("memory", "What a memory adapter reads", memory_section),
     ):
-        lines += ["", f"## {title}", ""]
-        if part == "sizes" and found.get("sizes") and found.get("cyclic"):
-            first = next(iter(found["cyclic"].values()))["sae"]
-            lines += sizes_section([first, *found["sizes"].values()])
-        elif part != "sizes" and found.get(part):
-            lines += section(found[part])
-        else:
-            lines += ["Not run yet."]
+        lines += ["", f"## {title}", "", *(section(found[part]) if found.get(part) else ["Not run yet."])]
     return lines
 
 
@@ -72,7 +79,8 @@ def summary(runs: list[dict[str, Any]]) -> list[str]:
     row("phases with the right next symbol", f"{phases} of {phases}", "", [t["phases_right"] for t in train],
         least=phases)  # fmt: skip
     for what, kinds in (
-        ("wrong symbols", lambda kind: kind.endswith(" wrong")),
+        (f"1 to {TRAINED_WRONG} wrong symbols", lambda kind: kind in SEEN_KINDS),
+        (f"{TRAINED_WRONG + 1} wrong symbols, as none in training has", lambda kind: kind == UNSEEN_KIND),
         ("random symbols, or a single one all along", lambda kind: not kind.endswith(" wrong")),
     ):
         row(f"back in the exact cycle from unseen contexts: {what}", "all", ".1%", unseen(kinds, "returned"), least=1)
@@ -82,9 +90,11 @@ def summary(runs: list[dict[str, Any]]) -> list[str]:
         least=0.998)  # fmt: skip
     row("explained variance, the windows (all are trained on)", "0.998", ".4f",
         [s["windows"]["explained_variance"] for s in sae], least=0.998)  # fmt: skip
+    row("explained variance, contexts new to the autoencoder alone", "0.998", ".4f",
+        [s["new"]["explained_variance"] for s in sae], least=0.998)  # fmt: skip
     row("latents active (L0), unseen contexts", "4.6", ".2f", [s["unseen"]["l0"] for s in sae], most=4.6)
-    row("dead latents, of as many as dimensions" if sae[0]["latents"] == sae[0]["width"] else "dead latents", "5%",
-        ".1%", [s["dead"] for s in sae], most=0.05)  # fmt: skip
+    row(f"dead latents, of {sae[0]['latents']} for a width of {sae[0]['width']}", "5%", ".1%",
+        [s["dead"] for s in sae], most=0.05)  # fmt: skip
     for dose in (1.0, strength):
         for sort, name in (("windows", "phases"), ("unseen", "unseen contexts")):
             of_dose = [best_at(run["edit"], str(dose))[sort] for run in runs]
@@ -130,12 +140,12 @@ def cyclic_section(runs: dict[str, Any]) -> list[str]:
     first = next(iter(runs.values()))
     row("loss above the Bayes floor, nats per symbol", ["train", "above_floor"], ".5f")
     row(f"phases with the right next symbol, of {first['train']['phases']}", ["train", "phases_right"])
-    for where, name in (("unseen", "unseen contexts"), ("windows", "the windows, trained on")):
+    for where, name in MEASURED.items():
         row(f"autoencoder, {name}: explained variance", ["sae", where, "explained_variance"], ".4f")
         row(f"autoencoder, {name}: L0", ["sae", where, "l0"], ".2f")
         row(f"autoencoder, {name}: never active", ["sae", where, "dead"], ".1%")
         row(f"autoencoder, {name}: divergence recovered", ["sae", where, "kl_recovered"], ".4f")
-    row("autoencoder: dead latents, active in neither", ["sae", "dead"], ".1%")
+    row("autoencoder: dead latents, active in none of these", ["sae", "dead"], ".1%")
     for sort, name in (("windows", "the windows"), ("unseen", "unseen contexts")):
         row(f"all latents set to those of another of {name}: what follows that one is said",
             ["edit", "patch_followed", sort], ".1%")  # fmt: skip
@@ -145,7 +155,10 @@ def cyclic_section(runs: dict[str, Any]) -> list[str]:
         "",
         f"The windows give {extent['windows']['different']} different activations, of which "
         f"{extent['windows']['components']} principal components hold 99.8%; the unseen contexts "
-        f"{extent['unseen']['different']}, of which {extent['unseen']['components']} do.",
+        f"{extent['unseen']['different']}, nearly all of them at the last symbol, of which "
+        f"{extent['unseen']['components']} do. The transformer was trained on nearly all beginnings that end earlier; "
+        "with those that only the autoencoder was not trained on they are "
+        f"{extent['new']['different']}, of which {extent['new']['components']} do.",
         "",
         *contexts_table({seed: run["check"] for seed, run in runs.items()}),
     ]
@@ -217,11 +230,37 @@ def interventions(runs: dict[str, Any]) -> list[str]:
     ]
 
 
-def sizes_section(found: list[dict[str, Any]]) -> list[str]:
+def heads_section(first: dict[str, Any], found: dict[str, Any]) -> list[str]:
+    """The first seed's transformer and autoencoder beside those with more heads."""
+    rows = []
+    for run in (first, found):
+        sae, train = run["sae"], run["train"]
+        rows.append(
+            [
+                str(train["settings"]["num_heads"]),
+                f"{train['above_floor']:.5f}",
+                str(sae["extent"]["new"]["components"]),
+                *(f"{sae[where]['explained_variance']:.4f}" for where in MEASURED),
+                f"{sae['dead']:.0%}",
+            ]
+        )
+    columns = ["heads", "loss above the floor", "components that hold 99.8%"]
+    columns += [f"explained variance, {name}" for name in MEASURED.values()]
+    return [
+        f"`python examples/cyclic_sequence/train_cyclic.py --num-heads {rows[1][0]}`, and an autoencoder of it, beside "
+        "those of seed 0. Principal components are those of the activations that are new to the autoencoder.",
+        "",
+        *table([*columns, "dead"], rows),
+    ]
+
+
+def sizes_section(first: dict[str, Any], sizes: dict[str, Any]) -> list[str]:
+    """The first seed's autoencoder beside those of other sizes."""
+    found = [first["sae"], *sizes.values()]
     settings = found[0]["settings"]
     rows = []
     for entry in sorted(found, key=lambda entry: int(entry["latents"])):
-        of = {where: entry[where] for where in ("unseen", "windows")}
+        of = {where: entry[where] for where in MEASURED}
         rows.append(
             [
                 f"{entry['latents']} for a width of {entry['width']}",
@@ -230,12 +269,12 @@ def sizes_section(found: list[dict[str, Any]]) -> list[str]:
                 f"{entry['dead']:.0%}",
             ]
         )
-    columns = ["latents", *("explained variance, " + where for where in ("unseen contexts", "the windows"))]
-    columns += ["L0, unseen contexts", "L0, the windows", "dead"]
+    columns = ["latents", *(f"explained variance, {name}" for name in MEASURED.values())]
+    columns += [*(f"L0, {name}" for name in MEASURED.values()), "dead"]
     return [
         f"`python examples/cyclic_sequence/train_sae.py --expansion-factor …`, {settings['variant']} with k "
         f"{settings['k']}, {settings['steps']} steps, seed {settings['seed']}. Dead are latents that are active "
-        "neither at the unseen contexts nor at the windows.",
+        "neither at contexts that they were not trained on nor at the windows.",
         "",
         *table(columns, rows),
     ]
@@ -280,7 +319,7 @@ def lorenz_section(found: dict[str, Any]) -> list[str]:
     lines += table(["", "furthest", "jumps"], rows)
     chains_jumps = {name: share for name, share in jumps.items() if name.startswith("Markov chain")}
     ratios = [
-        f"{jumps['transformer'] / share:.1f} times that of the {name}" for name, share in chains_jumps.items() if share
+        f"{jumps['transformer'] / share:.2g} times that of the {name}" for name, share in chains_jumps.items() if share
     ]
     if jumps["transformer"] and not jumps["test trajectories"] and ratios:
         lines += [

@@ -12,6 +12,8 @@ import torch
 from chatting import byte_tokenizer
 from models import Subject, tiny_model
 
+from senri_hf import SymbolicTransformerConfig, SymbolicTransformerForCausalLM
+
 
 pytest.importorskip("matplotlib")
 
@@ -36,7 +38,12 @@ def test_the_cyclic_sequence_from_training_to_interventions(load: Load, tmp_path
     model = ["--model", str(folders["train"])]
     small = ["--steps", "6", "--batch-size", "64"]
     sae = run("train_sae", "sae", *model, *small)
-    assert sae["latents"] == sae["width"] == 16 and 0 < sae["unseen"]["l0"] <= 4 and sae["unseen"]["activations"] > 0
+    assert (
+        sae["latents"] == 12
+        and sae["width"] == 16
+        and 0 < sae["unseen"]["l0"] <= 4
+        and sae["unseen"]["activations"] > 0
+    )
     # As many different activations as beginnings of windows.
     assert sae["extent"]["windows"]["different"] == sum(min(2 * length, 6) for length in range(1, 6))
     of_sae = [*model, "--sae", str(folders["sae"])]
@@ -63,8 +70,10 @@ def test_no_context_is_tested_that_training_has(load: Load) -> None:
     train = load("cyclic_sequence/train_cyclic.py")
     task = train.CyclicSequence()
     training, testing = train.contexts(task, 10, 0.2)
-    trained = {tuple(context) for context, _ in training} | {tuple(window) for window in task.windows(10)}
-    assert all(follows in train.nearest_follows(task, context) for context, follows in training[::50])
+    items = [item for of_wrong in training.values() for item in of_wrong]
+    trained = {tuple(context) for context, _ in items} | {tuple(window) for window in task.windows(10)}
+    assert all(follows in train.nearest_follows(task, context) for context, follows in items[::50])
+    assert not training[4] and training[1] and training[2] and training[3]
     for wrong, unseen in testing.items():
         assert len(unseen) >= 50 and not trained & set(map(tuple, unseen))
         nearest = [min(sum(a != b for a, b in zip(context, window, strict=True)) for window in task.windows(10))
@@ -76,12 +85,31 @@ def test_no_activation_counts_as_unseen_that_is_of_something_trained_on(load: Lo
     load("cyclic_sequence/train_cyclic.py")
     train = load("cyclic_sequence/train_sae.py")
     task, settings = train.CyclicSequence(), {"block": 10, "held_out": 0.2}
-    known = train.beginnings(train.rows_of(task, settings, "both"))
-    judged = train.judged_contexts(task, settings, "both")
-    unseen = judged["unseen"]
-    counted = [tuple(unseen.rows[row][: place + 1]) for row, place in unseen.new.nonzero().tolist()]
-    assert len(counted) == len(set(counted)) > 1000 and not known & set(counted)
+    of_sae = train.beginnings(train.rows_of(task, settings)) | train.beginnings(task.windows(10))
+    of_both = train.beginnings(train.known_rows(task, settings))
+    assert of_sae < of_both
+    judged = train.judged_contexts(task, settings)
+    for name, known, least in (("unseen", of_both, 500), ("new", of_sae, 1000)):
+        rows, new = judged[name].rows, judged[name].new
+        counted = [tuple(rows[row][: place + 1]) for row, place in new.nonzero().tolist()]
+        assert len(counted) == len(set(counted)) > least and not known & set(counted)
     assert judged["windows"].new.sum() == len(train.beginnings(task.windows(10)))
+
+
+def test_every_different_activation_is_trained_on_once_and_a_fifth_are_of_the_windows(load: Load) -> None:
+    load("cyclic_sequence/train_cyclic.py")
+    train = load("cyclic_sequence/train_sae.py")
+    task, settings = train.CyclicSequence(), {"block": 10, "held_out": 0.2}
+    torch.manual_seed(0)
+    config = SymbolicTransformerConfig(hidden_size=16, num_attention_heads=1, initializer_range=0.5)
+    model, module = SymbolicTransformerForCausalLM(config).eval(), "model.layers.0"
+    windows = train.beginnings(task.windows(10))
+    different = windows | train.beginnings(train.rows_of(task, settings))
+    both = train.training_activations(model, module, task, settings, "both")
+    alone = train.training_activations(model, module, task, settings, "windows")
+    assert len(both.unique(dim=0)) == len(different) and len(alone) == len(alone.unique(dim=0)) == len(windows)
+    of_windows = len(both) - (len(different) - len(windows))
+    assert of_windows % len(windows) == 0 and of_windows / len(both) == pytest.approx(train.WINDOWS, abs=0.01)
 
 
 @pytest.mark.parametrize("share", ["0", "1", "-0.5"])

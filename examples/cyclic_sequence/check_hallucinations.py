@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from train_cyclic import contexts, judged, write_results
-from train_sae import task_of
+from train_sae import known_rows, task_of
 from transformers import AutoModelForCausalLM
 
 
@@ -36,8 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model = AutoModelForCausalLM.from_pretrained(args.model).eval()
     task, settings = task_of(args.model)
     block = settings["block"]
-    training, testing = contexts(task, block, settings["held_out"])
-    seen = {tuple(context) for context, _ in training} | {tuple(window) for window in task.windows(block)}
+    testing = contexts(task, block, settings["held_out"])[1]
+    seen = {tuple(context) for context in known_rows(task, settings)}
     generator = torch.Generator().manual_seed(args.seed)
     unseen = {
         **{f"{wrong} wrong": of_sort for wrong, of_sort in testing.items()},

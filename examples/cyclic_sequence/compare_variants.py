@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from train_cyclic import write_results
-from train_sae import add_training, judged_contexts, rows_of, task_of, trained
+from train_sae import add_training, judged_contexts, task_of, trained, training_activations
 from transformers import AutoModelForCausalLM, set_seed
 
 from senri_hf.configuration.sparse_autoencoder import VARIANTS
@@ -40,15 +40,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parse(arguments)
     model = AutoModelForCausalLM.from_pretrained(args.model).eval()
     task, settings = task_of(args.model)
-    rows, module = rows_of(task, settings, args.contexts), f"model.layers.{args.layer}"
-    sorts = judged_contexts(task, settings, args.contexts)
+    module = f"model.layers.{args.layer}"
+    activations = training_activations(model, module, task, settings, args.contexts)
+    sorts = judged_contexts(task, settings)
     found: dict[str, list[dict[str, Any]]] = {}
     for variant in args.variants:
         name = "k" if variant in COUNTS else "sparsity_coefficient"
         for value in args.k if variant in COUNTS else args.sparsity_coefficients:
             set_seed(args.seed)
             config = {"variant": variant, "expansion_factor": args.expansion_factor, name: value}
-            sae, _ = trained(model, module, rows, args, **config)
+            sae, _ = trained(module, activations, args, **config)
             entry: dict[str, Any] = {name: value}
             for sort, of_sort in sorts.items():
                 measured = reconstruction_metrics(sae, [of_sort.activations(model, module)])

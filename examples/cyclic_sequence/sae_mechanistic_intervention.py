@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from train_cyclic import TRAINED_WRONG, contexts, write_results
-from train_sae import task_of
+from train_cyclic import write_results
+from train_sae import task_of, unseen_rows
 from transformers import AutoModelForCausalLM
 
 from senri_hf import SparseAutoencoder
@@ -150,9 +150,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model = AutoModelForCausalLM.from_pretrained(args.model).eval()
     subject = Subject(model, SparseAutoencoder.from_pretrained(args.sae).eval())
     task, settings = task_of(args.model)
-    testing = contexts(task, settings["block"], settings["held_out"])[1]
     windows = torch.tensor(task.windows(settings["block"]))
-    unseen = torch.tensor([context for wrong in TRAINED_WRONG for context in testing[wrong]])
+    unseen = torch.tensor(unseen_rows(task, settings))
     sorts = {"windows": windows, "unseen": unseen}
     latents = subject.latents(windows)
     density, largest = (latents > 0).double().mean(0), latents.amax(0)

@@ -2,8 +2,8 @@
 
     python examples/cyclic_sequence/train_sae.py
 
-It is trained on the activations of all windows of the sequence, and of about as many contexts with wrong symbols;
-with `--contexts windows` on those of the windows alone. It is measured on contexts with wrong symbols that neither the
+It is trained on the activations of all windows of the sequence, and of contexts with wrong symbols; with `--contexts
+windows` on those of the windows alone. It is measured on contexts with wrong symbols that neither the
 transformer nor the autoencoder ever saw, and on the windows, of which there are no others than those trained on.
 Activations at a symbol are of what comes before it, too: of a context that is new as a whole, only those count from
 which on nothing that was trained on begins with the same symbols.
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from train_cyclic import TRAINED_WRONG, contexts, write_results
+from train_cyclic import contexts, write_results
 from transformers import AutoModelForCausalLM, set_seed
 
 from senri_hf import SparseAutoencoder, SparseAutoencoderConfig
@@ -37,6 +37,12 @@ from senri_hf.tasks import CyclicSequence
 
 ROWS = 90
 SORTS = ("both", "windows")
+# Wrong symbols in the contexts that an autoencoder is trained on, and measured on.
+WRONG = (1, 2)
+# The share of the activations to train on that are of the windows.
+WINDOWS = 0.2
+# Steps after which a latent is dead that was not active in any.
+DEAD_AFTER = 200
 # The explained variance that is aimed at.
 EXPLAINED = 0.998
 
@@ -51,17 +57,23 @@ def batches(rows: list[list[int]]) -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": torch.tensor(rows[start : start + ROWS])} for start in range(0, len(rows), ROWS)]
 
 
-def rows_of(task: CyclicSequence, settings: dict[str, Any], sort: str) -> list[list[int]]:
-    """Contexts to train on, of a sort of `SORTS`: the windows as often as it takes to be as many as the others."""
-    windows = task.windows(settings["block"])
-    training = [context for context, _ in contexts(task, settings["block"], settings["held_out"])[0]]
-    return windows if sort == "windows" else windows * max(1, len(training) // len(windows)) + training
+def rows_of(task: CyclicSequence, settings: dict[str, Any]) -> list[list[int]]:
+    """Contexts with `WRONG` symbols to train on; the transformer was, too."""
+    training = contexts(task, settings["block"], settings["held_out"])[0]
+    return [context for wrong in WRONG for context, _ in training[wrong]]
 
 
 def unseen_rows(task: CyclicSequence, settings: dict[str, Any]) -> list[list[int]]:
-    """Contexts with as many wrong symbols as training has, none of which it has."""
+    """Contexts with as many wrong symbols that neither the transformer nor an autoencoder is trained on."""
     testing = contexts(task, settings["block"], settings["held_out"])[1]
-    return [context for wrong in TRAINED_WRONG for context in testing[wrong]]
+    return [context for wrong in WRONG for context in testing[wrong]]
+
+
+def known_rows(task: CyclicSequence, settings: dict[str, Any]) -> list[list[int]]:
+    """All contexts that the transformer was trained on: those of an autoencoder are among them."""
+    training = contexts(task, settings["block"], settings["held_out"])[0]
+    windows = task.windows(settings["block"])
+    return windows + [context for of_wrong in training.values() for context, _ in of_wrong]
 
 
 def beginnings(rows: list[list[int]]) -> set[tuple[int, ...]]:
@@ -104,11 +116,35 @@ class Judged:
         return found
 
 
-def judged_contexts(task: CyclicSequence, settings: dict[str, Any], sort: str) -> dict[str, Judged]:
-    """What an autoencoder is measured on that was trained on a sort of contexts."""
+def judged_contexts(task: CyclicSequence, settings: dict[str, Any]) -> dict[str, Judged]:
+    """What an autoencoder is measured on, by name.
+
+    `unseen`: what neither it nor the transformer was trained on. `new`: what it was not trained on; the transformer was
+    trained on contexts that begin like some of it. `windows`: what both were trained on.
+    """
+    rows, windows = unseen_rows(task, settings), task.windows(settings["block"])
+    return {
+        "unseen": Judged(rows, beginnings(known_rows(task, settings))),
+        "new": Judged(rows, beginnings(windows) | beginnings(rows_of(task, settings))),
+        "windows": Judged(windows),
+    }
+
+
+def training_activations(
+    model: Any, module: str, task: CyclicSequence, settings: dict[str, Any], sort: str
+) -> torch.Tensor:
+    """What an autoencoder is trained on, [n, d_in], of a sort of `SORTS`: every different activation.
+
+    Contexts have few beginnings and many ends: of all their symbols, most activations would be those of the first few.
+    The windows are there as often as it takes to be `WINDOWS` of all.
+    """
     windows = task.windows(settings["block"])
-    known = beginnings(rows_of(task, settings, sort)) | beginnings(rows_of(task, settings, SORTS[0]))
-    return {"unseen": Judged(unseen_rows(task, settings), known), "windows": Judged(windows)}
+    true = Judged(windows).activations(model, module)
+    if sort == "windows":
+        return true
+    wrong = Judged(rows_of(task, settings), beginnings(windows)).activations(model, module)
+    repeats = max(1, round(WINDOWS / (1 - WINDOWS) * len(wrong) / len(true)))
+    return torch.cat([true.repeat(repeats, 1), wrong])
 
 
 def add_training(parser: argparse.ArgumentParser, steps: int) -> None:
@@ -117,7 +153,7 @@ def add_training(parser: argparse.ArgumentParser, steps: int) -> None:
     add("--model", type=Path, default=Path("checkpoints/cyclic"), help="folder that train_cyclic.py wrote")
     add("--layer", type=int, default=0, help="the residual stream after this layer is looked at")
     add("--contexts", choices=SORTS, default="both", help="trained on windows alone, or also on wrong contexts")
-    add("--expansion-factor", type=float, default=1, help="latents per dimension")
+    add("--expansion-factor", type=float, default=0.75, help="latents per dimension")
     add("--steps", type=int, default=steps)
     add("--batch-size", type=int, default=2048, help="activations of a step")
     add("--lr", type=float, default=1e-2)
@@ -125,24 +161,21 @@ def add_training(parser: argparse.ArgumentParser, steps: int) -> None:
 
 
 def trained(
-    model: Any, module: str, rows: list[list[int]], args: argparse.Namespace, **config: Any
+    module: str, activations: torch.Tensor, args: argparse.Namespace, **config: Any
 ) -> tuple[SparseAutoencoder, list[dict[str, float]]]:
-    """An autoencoder of a module's activations on contexts, and the log of its training."""
-    block = len(rows[0])
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(args.seed)).tolist()
-    mixed = batches([rows[index] for index in order])
+    """An autoencoder of a module's activations [n, d_in], and the log of its training."""
     stream = ActivationStream(
-        lambda start: module_activations(model, module, mixed, start=start),
+        lambda start: [activations][start:],
         args.batch_size,
-        buffer_size=max(50_000, 2 * args.batch_size),
-        reuse=max(1, args.steps * args.batch_size // (len(rows) * block)),
+        buffer_size=max(len(activations), 2 * args.batch_size),
+        reuse=max(1, args.steps * args.batch_size // len(activations)),
         seed=args.seed,
     )
     sae = SparseAutoencoder(
         SparseAutoencoderConfig(
-            d_in=model.config.hidden_size,
+            d_in=activations.shape[-1],
             bandwidth=0.3,
-            dead_after=20 * len(rows) * block,
+            dead_after=DEAD_AFTER * args.batch_size,
             hook_name=module,
             **config,
         )
@@ -174,7 +207,7 @@ def trained(
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The settings of a run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_training(parser, steps=12000)
+    add_training(parser, steps=16000)
     add = parser.add_argument
     add("--variant", choices=VARIANTS, default="topk")
     add("--k", type=int, default=4, help="active latents, for topk and batchtopk")
@@ -189,11 +222,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model = AutoModelForCausalLM.from_pretrained(args.model).eval()
     task, settings = task_of(args.model)
     block, module = settings["block"], f"model.layers.{args.layer}"
-    sorts = judged_contexts(task, settings, args.contexts)
+    sorts = judged_contexts(task, settings)
     sae, log = trained(
-        model,
         module,
-        rows_of(task, settings, args.contexts),
+        training_activations(model, module, task, settings, args.contexts),
         args,
         expansion_factor=args.expansion_factor,
         variant=args.variant,

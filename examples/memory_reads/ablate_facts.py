@@ -159,7 +159,7 @@ def attributions(
             for sae in autoencoders:
                 stack.enter_context(replaced_output(model, sae.config.hook_name, scaled_down(sae, kept)))
             logits = answered(model, asked)
-        log_likelihoods(logits, asked.labels).sum().backward()
+        log_likelihoods(logits, asked.following[:, asked.columns]).sum().backward()
         for layer, (sae, (latents, change)) in enumerate(zip(autoencoders, kept, strict=True)):
             effect = latents * (change.grad @ sae.W_dec.detach().T) / sae.activation_scale
             total[kinds.index(asked.kind), layer] += effect[asked.real].sum(0)
@@ -461,16 +461,17 @@ def doses(
     found["base"] = sum(of_kind["exact"] for of_kind in whole_recall.values()) / len(whole_recall)
     for index, kind in enumerate(args.kinds):
         drawn = as_much_random(sizes[index], of_kinds[index], belonging, args.seed)
+        mine = [of_kind for of_kind in asked if of_kind.kind == kind]
         several: dict[str, list[Recall]] = {}
-        for name, latents, direction in (
-            ("own", of_kinds[index], None),
-            ("random", drawn, None),
-            ("direction", of_kinds[index], args.seed),
+        for name, latents, direction, questions in (
+            ("own", of_kinds[index], None, asked),
+            ("random", drawn, None, mine),
+            ("direction", of_kinds[index], args.seed, mine),
         ):
             several[name] = [whole_recall]
             for dose in DOSES:
                 with weakened(model, autoencoders, latents, dose, direction):
-                    several[name].append(recalled(model, asked))
+                    several[name].append(recalled(model, questions))
         own = {name: [recall[kind]["exact"] for recall in recalls] for name, recalls in several.items()}
         others = [other for other in args.kinds if other != kind]
         found["groups"][f"latents of a {named(kind)}"] = {

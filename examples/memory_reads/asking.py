@@ -41,9 +41,19 @@ class Asked:
         return self.inputs["attention_mask"][:, -self.labels.shape[1] :].bool()
 
     @property
+    def following(self) -> torch.Tensor:
+        """[people, T] the token of the answer that comes next, -100 where none does."""
+        return torch.nn.functional.pad(self.labels[:, 1:], (0, 1), value=IGNORED)
+
+    @property
     def predicting(self) -> torch.Tensor:
         """[people, T] where a token of the answer comes next."""
-        return torch.nn.functional.pad(self.labels[:, 1:] != IGNORED, (0, 1))
+        return self.following != IGNORED
+
+    @property
+    def columns(self) -> torch.Tensor:
+        """Those of T at which a token of anybody's answer comes next."""
+        return self.predicting.any(0).nonzero()[:, 0]
 
 
 def tokens_of(tokenizer: Any, question: Question) -> tuple[list[int], list[int], int]:
@@ -119,8 +129,10 @@ def asked_after(
 
 
 def answered(model: Any, asked: Asked) -> torch.Tensor:
-    """Logits [people, T, V] of what follows the question's last token and every token of the reply."""
-    logits: torch.Tensor = model(**asked.inputs, past_key_values=asked.cache.snapshot()).logits
+    """Logits [people, columns, V] of what follows at the columns where answers are predicted."""
+    logits: torch.Tensor = model(
+        **asked.inputs, past_key_values=asked.cache.snapshot(), logits_to_keep=asked.columns
+    ).logits
     return logits
 
 
@@ -136,11 +148,10 @@ def reads(model: Any, places: Sequence[str], questions: list[Asked]) -> list[lis
     return found
 
 
-def log_likelihoods(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """log p of the labelled tokens, [people, T - 1], 0 elsewhere."""
-    wanted = labels[:, 1:]
-    chosen = logits[:, :-1].float().log_softmax(-1).gather(-1, wanted.clamp_min(0)[..., None])[..., 0]
-    return chosen * (wanted != IGNORED)
+def log_likelihoods(logits: torch.Tensor, following: torch.Tensor) -> torch.Tensor:
+    """log p of the tokens that follow, [people, columns], 0 where none counts."""
+    chosen = logits.float().log_softmax(-1).gather(-1, following.clamp_min(0)[..., None])[..., 0]
+    return chosen * (following != IGNORED)
 
 
 @torch.no_grad()
@@ -148,10 +159,10 @@ def recalled(model: Any, questions: list[Asked]) -> dict[str, dict[str, float]]:
     """By kind: `exact`, the share of answers whose every token is the most likely one; `nats`, -log p of a token."""
     found: dict[str, dict[str, list[float]]] = {}
     for asked in questions:
-        logits = answered(model, asked)
-        part = asked.labels[:, 1:] != IGNORED
-        right = (logits[:, :-1].argmax(-1) == asked.labels[:, 1:]) | ~part
+        logits, following = answered(model, asked), asked.following[:, asked.columns]
+        part = following != IGNORED
+        right = (logits.argmax(-1) == following) | ~part
         entry = found.setdefault(asked.kind, {"exact": [], "nats": []})
         entry["exact"] += right.all(-1).double().tolist()
-        entry["nats"] += (-log_likelihoods(logits, asked.labels).sum(-1) / part.sum(-1)).tolist()
+        entry["nats"] += (-log_likelihoods(logits, following).sum(-1) / part.sum(-1)).tolist()
     return {kind: {name: sum(v) / len(v) for name, v in entry.items()} for kind, entry in found.items()}

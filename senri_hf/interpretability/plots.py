@@ -140,8 +140,8 @@ def dose_responses(
 ) -> Path:
     """What `dose_response` found: a panel for every group of latents, with its random latents and directions.
 
-    Every control is a thin line, the mean of each sort a dashed one. A group that has a `"base"` of its own is drawn
-    with that.
+    Every control is a thin line. The mean of each sort is a wide one, so that one shows below the other where both are
+    the same. A group that has a `"base"` of its own is drawn with that.
 
     Args:
         others: The name of what groups have as `"others"` beside their `"values"`: what is not studied at the same
@@ -152,11 +152,13 @@ def dose_responses(
     for axes in row[1:]:
         axes.sharey(row[0])
     for axes, (name, group) in zip(row, found["groups"].items(), strict=True):
-        for kind, label, colour in (("controls", "random latents", MUTED), ("directions", "random directions", "C0")):
+        for kind, label, style in (
+            ("controls", "random latents", {"color": MUTED, "linewidth": 4, "alpha": 0.7}),
+            ("directions", "random directions", {"color": "C0", "linewidth": 2, "linestyle": "--"}),
+        ):
             for control in group[kind]:
-                axes.plot(found["doses"], control, color=colour, linewidth=0.6, alpha=0.5)
-            mean = np.mean(group[kind], axis=0)
-            axes.plot(found["doses"], mean, color=colour, linewidth=2, linestyle="--", label=f"{label}, mean")
+                axes.plot(found["doses"], control, color=style["color"], linewidth=0.6, alpha=0.5)
+            axes.plot(found["doses"], np.mean(group[kind], axis=0), label=f"{label}, mean", **style)
         axes.plot(found["doses"], group["values"], color="C3", marker="o", label=name)
         if others is not None:
             axes.plot(found["doses"], group["others"], color="C2", marker=".", label=others)

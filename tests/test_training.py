@@ -13,9 +13,9 @@ from peft import get_peft_model
 from torch.nn.utils.rnn import pad_sequence
 
 from senri_hf import EpisodeCollator, MemoryAdapterConfig, MemoryCache, MemoryTrainer, MemoryTrainingArguments
-from senri_hf.memory.router_loss import take_router_loss
 from senri_hf.memory import episodic, episodic_reader
 from senri_hf.memory.episodic_layer import EpisodicLayer
+from senri_hf.memory.router_loss import take_router_loss
 from senri_hf.training import ask, encode_conversation, tell
 from senri_hf.training.told import ToldStates, beginning
 from senri_hf.training.trainer import SCALARS, retrieval_loss

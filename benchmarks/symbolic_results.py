@@ -412,7 +412,8 @@ def memory_section(found: dict[str, Any]) -> list[str]:
     kinds = {kind: kind.replace("_", " ") for kind in settings["kinds"]}
     minutes = sum(run["cpu_seconds"] for run in runs) / 60
     lines = [
-        f"`python examples/memory_reads/ablate_facts.py --adapter {settings['adapter']} --seed …`, {len(runs)} seeds: "
+        f"`python examples/memory_reads/ablate_facts.py --adapter {settings['adapter']} --seed …`, "
+        f"{len(runs)} {'seed' if len(runs) == 1 else 'seeds'}: "
         f"autoencoders of what the {len(readers)} readers add at replies to {settings['people']} people, tested with "
         f"{settings['test_people']} others of each sort; {minutes:.0f} minutes of processor time in all. Means over "
         "seeds, and over random draws; ± is the standard deviation over these.",

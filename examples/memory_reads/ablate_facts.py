@@ -458,7 +458,6 @@ def doses(
     """
     found: dict[str, Any] = {"doses": [0.0, *DOSES], "groups": {}}
     whole_recall = recalled(model, asked)
-    found["base"] = sum(of_kind["exact"] for of_kind in whole_recall.values()) / len(whole_recall)
     for index, kind in enumerate(args.kinds):
         drawn = as_much_random(sizes[index], of_kinds[index], belonging, args.seed)
         mine = [of_kind for of_kind in asked if of_kind.kind == kind]
@@ -544,7 +543,7 @@ def draw_doses(found: Sequence[dict[str, Any]], path: Path) -> None:
     def mean(several: Sequence[Sequence[float]]) -> list[float]:
         return [sum(values) / len(values) for values in zip(*several, strict=True)]
 
-    groups = {}
+    groups: dict[str, dict[str, Any]] = {}
     for name in found[0]["groups"]:
         of_runs = [run["groups"][name] for run in found]
         groups[name] = {
@@ -553,9 +552,9 @@ def draw_doses(found: Sequence[dict[str, Any]], path: Path) -> None:
             "controls": [values for group in of_runs for values in group["controls"]],
             "directions": [values for group in of_runs for values in group["directions"]],
         }
-    base = sum(run["base"] for run in found) / len(found)
+        groups[name]["base"] = groups[name]["values"][0]
     plots.dose_responses(
-        {"doses": found[0]["doses"], "base": base, "groups": groups},
+        {"doses": found[0]["doses"], "groups": groups},
         path,
         y_label="answers of that kind recalled",
         x_label="share of their activation taken out",

@@ -204,7 +204,7 @@ def test_what_is_read_once_gives_the_loss_and_gradients_of_reading_it_every_time
     torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-5, equal_nan=True)
     assert gradients.keys() == expected.keys()
     for name, gradient in gradients.items():
-        torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-5, msg=name)
+        assert (gradient - expected[name]).norm() <= 1e-4 * expected[name].norm() + 1e-6, name
 
 
 def test_options_that_exclude_each_other_are_refused(tmp_path: Path) -> None:

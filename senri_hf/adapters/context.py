@@ -50,6 +50,7 @@ class ForwardContext:
     given: dict[str, Any] = field(default_factory=dict)
     waiting: dict[Callable[..., None], list[Any]] = field(default_factory=dict)
     found: tuple[Tensor, bool] | None = None
+    taken: dict[tuple[bool, bool], Tensor] = field(default_factory=dict)
     cache: Cache | None = None
     adapter_name: str = ""
     shared: dict[Any, Any] = field(default_factory=dict)
@@ -57,7 +58,7 @@ class ForwardContext:
 
     def clear(self) -> None:
         self.memory, self.ids, self.found, self.streams, self.cache = None, None, None, None, None
-        self.given, self.waiting, self.shared = {}, {}, {}
+        self.given, self.waiting, self.shared, self.taken = {}, {}, {}, {}
         self.logits_to_keep, self.prompt_lengths, self.generated_from = None, None, 0
 
     def begin(self, given: dict[str, Any]) -> None:
@@ -176,9 +177,12 @@ class ForwardContext:
         return [part for part in parts if part[0].stop > part[0].start] or parts[:1]
 
     def written(self, memory: MemoryLayer) -> Tensor:
-        """[B, T] the tokens of this pass that a memory takes in."""
-        parts = [self.real[:, columns] & writes for columns, writes in self.stretches(memory)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        """[B, T] the tokens of this pass that a memory takes in; found once for all layers of the same kind."""
+        kind = memory.writes_generated, memory.is_read_only
+        if kind not in self.taken:
+            parts = [self.real[:, columns] & writes for columns, writes in self.stretches(memory)]
+            self.taken[kind] = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        return self.taken[kind]
 
     def at_end(self, function: Callable[[list[Any], Tensor, "ForwardContext"], None], item: Any) -> None:
         """Have `function(items, last hidden states [B, T, D], context)` called once when the decoder is done.

@@ -311,8 +311,13 @@ def take(hidden: Tensor, token: Tensor) -> Tensor:
 
 
 def occupied(live: Tensor) -> int:
-    """How many of the first slots hold all that slots [B, N] hold; all of them, where asking would keep a device."""
-    if live.device.type != "cpu" or torch.compiler.is_compiling():
+    """How many of the first slots hold all that slots [B, N] hold.
+
+    All of them, where asking would keep a device, and where rows must not change one another's rounding: several rows
+    are looked at together in training only.
+    """
+    together = live.shape[0] > 1 and not torch.is_grad_enabled()
+    if together or live.device.type != "cpu" or torch.compiler.is_compiling():
         return live.shape[1]
     return int((live * torch.arange(1, live.shape[1] + 1)).max()) if live.numel() else 0
 

@@ -63,8 +63,9 @@ class AttentionWeights:
 class MemoryView:
     """A memory as a reader sees it: keys and values of its slots and, last, of the null slot.
 
-    H heads, G key/value heads of size d, S = N + M + 1 slots, P topics of size t, C conversations that it holds, newest
-    first. Laid out for one multiplication of a batch of matrices each: a token that is decoded does little else.
+    H heads, G key/value heads of size d, S = N + M + 1 slots, P topics of size t, C conversations, newest first, at
+    least as many as it holds. Laid out for one multiplication of a batch of matrices each: a token that is decoded does
+    little else.
     """
 
     keys: Tensor  # [B G, d, S], scaled
@@ -178,7 +179,8 @@ class EpisodicReader(nn.Module):
         decayed = self.strength_scale[:, None] * memory.strength.clamp_min(1e-9).log()[:, None]
         bias = nn.functional.pad(decayed, (0, stored)).masked_fill(~live[:, None], -torch.inf)
         bias = torch.cat([bias, self.null_score[:, None].expand(bias.shape[0], -1, -1)], dim=2)
-        conversation = place[:, None] == torch.arange(CONVERSATIONS, device=place.device)[:, None]
+        ages = ages[:, : max(occupied(ages >= 0), 1)]
+        conversation = place[:, None] == torch.arange(ages.shape[1], device=place.device)[:, None]
         conversation = conversation & live[:, None]
         told = conversation.to(torch.float32) @ self.topic_parts(held, self.told_weight)
         return MemoryView(
@@ -262,12 +264,12 @@ class EpisodicReader(nn.Module):
             return self.project(memory)
         key = (id(self), torch.is_autocast_enabled(memory.buffer.device.type), self.times_changed)
         if layer.projected is not None:
-            known, parameters, changes, view = layer.projected
-            if known == key and sum(map(version_of, parameters)) == changes:
+            known, counted, changes, view = layer.projected
+            if known == key and sum([parameter._version for parameter in counted]) == changes:
                 return view
         view = self.project(memory)
-        parameters = list(self.parameters())
-        layer.projected = (key, parameters, sum(map(version_of, parameters)), view)
+        counted = [parameter for parameter in self.parameters() if not parameter.is_inference()]
+        layer.projected = (key, counted, sum([parameter._version for parameter in counted]), view)
         return view
 
     def prediction_error(self, encoded: Tensor, previous: Tensor) -> Tensor:
@@ -302,11 +304,10 @@ def by_conversation(age: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
 
 def by_age(scores: Tensor, ages: Tensor) -> Tensor:
     """Scores [B, H, T, C] of conversations of ages [B, C], by age: minus infinity for those that there are not."""
-    count = scores.shape[-1]
-    known = (ages >= 0) & (ages < count)
-    place = ages.masked_fill(~known, count)[:, None, None].expand_as(scores)
-    spread = scores.new_full((*scores.shape[:-1], count + 1), -torch.inf)
-    return spread.scatter(-1, place, scores)[..., :count]
+    known = (ages >= 0) & (ages < CONVERSATIONS)
+    place = ages.masked_fill(~known, CONVERSATIONS)[:, None, None].expand_as(scores)
+    spread = scores.new_full((*scores.shape[:-1], CONVERSATIONS + 1), -torch.inf)
+    return spread.scatter(-1, place, scores)[..., :CONVERSATIONS]
 
 
 def version_of(tensor: Tensor) -> int:

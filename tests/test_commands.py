@@ -72,7 +72,7 @@ def test_messages_are_answered_in_one_conversation(talk: Talk) -> None:
     first, second = replies(out)
     assert first and second and first != second
     assert (
-        len(re.findall(r"\[\d+ tokens read, \d generated, \d+ into memory \([\d,]+ bytes\), [\d.]+ s per token\]", err))
+        len(re.findall(r"\[\d+ tokens read, \d generated, \d+ for memory \([\d,]+ bytes\), [\d.]+ s per token\]", err))
         == 2
     )
 
@@ -91,7 +91,7 @@ def test_facts_off_reads_only(talk: Talk) -> None:
     _, out, err = talk("/facts off", "hello", "/clear", "hello", "/facts on", "hello")
     first, second, _ = replies(out)
     assert first == second
-    assert re.findall(r"(\d+) into memory", err)[:2] == ["0", "0"] and int(re.findall(r"(\d+) into memory", err)[2]) > 0
+    assert re.findall(r"(\d+) for memory", err)[:2] == ["0", "0"] and int(re.findall(r"(\d+) for memory", err)[2]) > 0
     assert "read only" in err and "Memory updates are on" in err
     assert "takes on or off (now on)" in talk("/facts maybe")[2]
 

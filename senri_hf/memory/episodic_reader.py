@@ -348,8 +348,9 @@ class LowRankLinear(nn.Module):
     def together(x: Tensor, projections: "tuple[LowRankLinear, ...]") -> list[Tensor]:
         """Several of them of the same x. What is frozen is multiplied apart: its gradient would be computed, too."""
         x = x.to(projections[0].down.dtype)
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        device = x.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))
         frozen = torch.cat([projection.base_weight for projection in projections]).to(x.dtype)
         base = nn.functional.linear(x, frozen).split([len(p.base_weight) for p in projections], dim=-1)
         down = torch.cat([projection.down for projection in projections])

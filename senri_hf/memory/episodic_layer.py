@@ -209,16 +209,13 @@ class EpisodicLayer(MemoryLayer):
     def append_whole(self, tokens: Tokens) -> None:
         """Take in and stage all columns of a conversation that is over with them: none of them can be taken back.
 
-        Their `access` and `asked` may have no columns where nothing was read. Slots are changed in place, also for
-        whoever shares them with this layer.
+        Every row's real columns come first. Their `access` and `asked` may have no columns where nothing was read.
+        Slots are changed in place, also for whoever shares them with this layer.
         """
         self._begin(tokens.hidden)
         now = cast(Progress, self.now)
         assert not now.open
-        self.journal, self.now = (
-            None,
-            replace(self._stage(now, tokens, final=True, in_place=True), open=(), open_bound=0),
-        )
+        self.journal, self.now = None, self._stage(now, tokens, final=True, in_place=True)
 
     def rollback(self, tokens: int) -> None:
         if self.now is None or tokens == 0:
@@ -375,14 +372,18 @@ class EpisodicLayer(MemoryLayer):
         """Stage all complete segments of `tokens`, and the open one too when `final`; the rest stays open.
 
         Args:
-            in_place: Whether the slots of what is staged may be changed; those that are made here may.
+            in_place: For tokens of which every row's real ones come first: change the slots of what is staged, as is
+                done with those that are made here.
         """
         length, device = self.config.segment_length, tokens.real.device
         count = tokens.real.sum(1)
         longest = int(count.max())  # asks the device once a segment, so that padding does not stage at every token
         if longest == 0:
             return replace(now, open=(), open_bound=0)
-        tokens = tokens.at((~tokens.real).long().argsort(dim=1, stable=True)[:, :longest])  # padding last
+        if in_place:
+            tokens = tokens.slice(0, longest)
+        else:
+            tokens = tokens.at((~tokens.real).long().argsort(dim=1, stable=True)[:, :longest])  # padding last
         if longest < length and not final:
             return replace(now, open=(tokens,), open_bound=longest)
         complete = count if final else count // length * length  # tokens to stage, per row
@@ -395,11 +396,16 @@ class EpisodicLayer(MemoryLayer):
                 staged = add_access(staged, (segment.access * valid[..., None]).sum(1), read.tag)
             staged = stage_segment(staged, segment.hidden, segment.surprise, valid, self.config, in_place)
             in_place = True
+        if final:
+            return self._staged(now, staged, ())
         left = count - complete
         index = torch.arange(min(length - 1, longest), device=device)
         rest = tokens.at((complete[:, None] + index).clamp_max(max(longest - 1, 0)))
-        rest = replace(rest, real=index < left[:, None])
-        now = replace(now, staged=staged, open=(rest,), open_bound=rest.columns)
+        return self._staged(now, staged, (replace(rest, real=index < left[:, None]),))
+
+    def _staged(self, now: Progress, staged: EpisodicState, rest: tuple[Tokens, ...]) -> Progress:
+        """`now` with what is staged by then, and what is left of the open segment."""
+        now = replace(now, staged=staged, open=rest, open_bound=sum(chunk.columns for chunk in rest))
         if self.config.read_scope == "committed_segments":
             self.projected = None
             now = replace(now, committed=staged, blank=False)

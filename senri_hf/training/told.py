@@ -193,7 +193,7 @@ class ToldStates:
                 encoded = block.encode(states[index])
                 asked = encoded.new_zeros(*real.shape, 0)  # the conversation ends here and asked for nothing
                 tokens = Tokens(encoded, torch.zeros_like(encoded[..., 0]), asked, asked, real)
-                block.write_predicted(layer, tokens, all_real=False, whole=True)
+                block.write_predicted(layer, tokens, all_real=True, whole=True)  # padding comes last and is not written
 
 
 def texts_of(input_ids: Tensor, attention_mask: Tensor) -> list[Text]:

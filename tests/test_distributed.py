@@ -101,9 +101,10 @@ def test_two_processes_train_what_one_trains(name: str, place: Path, shared: Pat
         assert test_runs.losses(shared / f"{name}, again")[-2:] == pytest.approx(losses[-2:], abs=1e-5)
     final, expected = (dict(runs.load_checkpoint(at / runs.FINAL).model.named_parameters()) for at in (out, alone))
     assert final.keys() == expected.keys()
+    rounding = 2**-7 if "save_precision=bf16" in RUNS[name][1] else 0.0  # saved values may round to neighbours
     for parameter, value in final.items():
         torch.testing.assert_close(
-            value, expected[parameter], atol=1e-4, rtol=0, msg=lambda m, p=parameter: f"{p}: {m}"
+            value, expected[parameter], atol=1e-4, rtol=rounding, msg=lambda m, p=parameter: f"{p}: {m}"
         )
     files = [{path.name for path in (folder / runs.FINAL).rglob("*")} for folder in (alone, out)]
     assert files[0] == files[1] and ("base_parameters.safetensors" in files[1]) == (TRAINED_BASE[0] in RUNS[name][1])

@@ -74,22 +74,25 @@ def test_every_way_to_generate_gives_the_text_of_the_full_forward(strategy: str,
     mask = torch.ones_like(ids)
     ours = model.generate(input_ids=ids, attention_mask=mask, **plain, **ways[way])
     same = {"num_beams": 3} if way == "beams" else {}
-    # Without a cache nobody knows where the prompt ended.
-    plain["use_cache"] = strategy == "hybrid"
-    assert torch.equal(ours, model.generate(input_ids=ids, attention_mask=mask, **plain, **same))
+    assert torch.equal(ours, model.generate(input_ids=ids, attention_mask=mask, use_cache=False, **plain, **same))
 
 
-@pytest.mark.parametrize("way", ["plain", "static cache", "memory"])
+@pytest.mark.parametrize(
+    "way", ["plain", "no cache", "static cache", "memory", "one token left", "one token left with memory"]
+)
 @torch.no_grad()
 def test_hybrid_routing_is_told_where_the_prompt_ends(way: str) -> None:
-    """By any cache: decoding is the full forward that is told the prompt's length, and not that of prefix routing."""
+    """By any cache and in any pieces: decoding is the full forward that is told the prompt's length, and not that of prefix routing."""
     model, ids = BANK.build(**routed("hybrid"), routing_window_size=2), tokens(2, 9)
     ids[1, :3] = 0
     mask = (ids != 0).long()
     ways: dict[str, dict[str, Any]] = {
         "plain": {},
+        "no cache": {"use_cache": False},
         "static cache": {"cache_implementation": "static"},
         "memory": {"past_key_values": MemoryCache.for_model(model)},
+        "one token left": {"prefill_chunk_size": 4},
+        "one token left with memory": {"prefill_chunk_size": 8, "past_key_values": MemoryCache.for_model(model)},
     }
     out = model.generate(
         input_ids=ids, attention_mask=mask, max_new_tokens=12, do_sample=False, eos_token_id=None,

@@ -546,7 +546,7 @@ def test_generated_tokens_are_not_written_when_that_is_set(subject: Subject) -> 
     before = remembering(model)
     expected = before.snapshot()
     feed(model, expected, ids)
-    for kwargs in ({}, {"prompt_lookup_num_tokens": 3}, {"prefill_chunk_size": 4}):
+    for kwargs in ({}, {"prompt_lookup_num_tokens": 3}, {"prefill_chunk_size": 4}, {"prefill_chunk_size": 17}):
         memory = before.snapshot()
         greedy(model, ids, memory, new=13, **kwargs)
         assert_same_memory(memory, expected)

@@ -101,8 +101,9 @@ class BankBlock(nn.Module, MemoryBlock):
         real, starts = (None if t is None else t.to(output.device) for t in context.tokens_and_documents)
         assert real is not None
         lengths = context.prompt_lengths
-        if lengths is None and layer is not None and "hybrid" in self.config.routing_strategies:
-            lengths = layer.prompt_before(real, context.generated_from)
+        if lengths is None and "hybrid" in self.config.routing_strategies:
+            first = context.generated_from
+            lengths = real[:, :first].sum(1) if layer is None else layer.prompt_before(real, first)
         # In the adapter's own dtype, which PEFT keeps at float32.
         stream = output.to(self.norm.weight.dtype)
         read, record = self.attention(self.norm(stream), self.open_bank(context), real, layer, starts, lengths)

@@ -28,8 +28,10 @@ class ForwardContext:
         ids: [B, T] its token ids, where they were given.
         logits_to_keep: How many of the last tokens are asked for their logits, where that was said.
         prompt_lengths: [B] how many real tokens of every row are its prompt, where that was said.
-        generated_from: The first column of this pass that `generate()` produced, T where there is none. A single token
-            counts as such with a cache that is no memory cache, also where it is the first.
+        generated_from: The first column of this pass that `generate()` produced, T where there is none. Where nobody
+            said where the prompt ends, a single token counts as such with a cache that is no memory cache, also where
+            it is the first.
+        unread: Columns of the prompt that `generate()` has yet to feed, of all without a cache; None outside of it.
         given: The decoder's arguments by name.
         cache: The cache of this pass, whatever it is.
         past: How many columns attention sees before this pass: the context, and memory's own in front of it.
@@ -46,6 +48,7 @@ class ForwardContext:
     logits_to_keep: Any = None
     prompt_lengths: Tensor | None = None
     generated_from: int = 0
+    unread: int | None = None
     past: Any = 0
     given: dict[str, Any] = field(default_factory=dict)
     waiting: dict[Callable[..., None], list[Any]] = field(default_factory=dict)
@@ -73,7 +76,7 @@ class ForwardContext:
         if isinstance(cache, MemoryCache) and cache.attention_memory is not None:
             self.past = cache.get_query_offset()  # masks were widened by then
         batch, length = self.tokens.shape[:2]
-        self.generated_from = length if cache is None else length - self._generated(cache, length)
+        self.generated_from = self._first_generated(cache, length)
         if not isinstance(cache, MemoryCache):
             return
         for layer in cache.memory_layers:  # before attention has taken anything in
@@ -81,8 +84,18 @@ class ForwardContext:
         self.memory = cache
         _ = self.real
 
+    def _first_generated(self, cache: Cache | None, length: int) -> int:
+        """`generated_from` of a pass of `length` columns."""
+        first = length if cache is None else length - self._generated(cache, length)
+        if self.unread is None:
+            return first
+        first = min(self.unread, length)
+        if cache is not None:
+            self.unread -= first
+        return first
+
     def _generated(self, cache: Cache, length: int) -> int:
-        """How many of this pass's columns `generate()` produced: its last ones.
+        """How many of this pass's columns `generate()` produced, its last ones, where nobody said.
 
         A single token that continues a context is what decoding feeds. Assisted decoding asks for the logits of its
         candidates and of the token before them, which is the prompt's last one in the first pass only; whether it is

@@ -1,5 +1,6 @@
 """The PEFT tuner that puts a memory into a model."""
 
+import functools
 import inspect
 from typing import Any, ClassVar
 
@@ -13,7 +14,7 @@ from ..memory.decoder import find_decoder
 from .config import MemoryAdapterConfig
 from .context import ForwardContext
 from .decoder import find_decoder_layers
-from .hooks import decoder_hook, decoder_pre_hook, layer_hook, model_hook, model_pre_hook
+from .hooks import decoder_hook, decoder_pre_hook, generate, layer_hook, model_hook, model_pre_hook
 from .layer import MemoryAdapterLayer, merging
 from .registration import PREFIX
 
@@ -86,6 +87,9 @@ class MemoryTuner(BaseTuner):
             ]
             if decoder is not self.model:
                 decoder.memory_handles.append(self.model.register_forward_hook(model_hook, with_kwargs=True))
+            if self.model.can_generate() and "generate" not in vars(self.model):
+                # On the instance, as PEFT calls the model's own. A partial function is copied and pickled with it.
+                self.model.generate = functools.partial(generate, self.model.generate)  # type: ignore[method-assign]
         return context
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -169,3 +173,5 @@ class MemoryTuner(BaseTuner):
             for handle in decoder.memory_handles:
                 handle.remove()
             del decoder.memory_context, decoder.memory_handles
+            if getattr(vars(self.model).get("generate"), "func", None) is generate:
+                del self.model.generate

@@ -82,7 +82,7 @@ def test_every_way_to_generate_gives_the_text_of_the_full_forward(strategy: str,
 )
 @torch.no_grad()
 def test_hybrid_routing_is_told_where_the_prompt_ends(way: str) -> None:
-    """By any cache and in any pieces: decoding is the full forward that is told the prompt's length, and not that of prefix routing."""
+    """By any cache, in any pieces: decoding is the full forward that is told its length, not that of prefix routing."""
     model, ids = BANK.build(**routed("hybrid"), routing_window_size=2), tokens(2, 9)
     ids[1, :3] = 0
     mask = (ids != 0).long()

@@ -1,43 +1,14 @@
 """Banks: learnable rows in chapters, of which only those that are read are ever computed."""
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
 from ..configuration import BankConfig
+from .bank_gradient import RowGradient, open_rows, take_chapters
 from .bank_quantized import dequantize, fake_quantize, quantize
-from .chapter_attention import sparse_rows
-
-
-class _TakeChapters(torch.autograd.Function):
-    """Chapters [A] of rows [C * T, D] as [A, T, D]; the gradient is sparse: as large as what was read."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, chapters: Tensor, length: int) -> Tensor:
-        ctx.save_for_backward(chapters)
-        ctx.shape, ctx.length = rows.shape, length
-        return rows.unflatten(0, (-1, length))[chapters]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (chapters,) = ctx.saved_tensors
-        return sparse_rows(grad.flatten(0, 1), chapters, ctx.length, ctx.shape), None, None
-
-
-class _Open(torch.autograd.Function):
-    """The identity, at which the gradients of all that was read become one dense gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor) -> Tensor:
-        return rows.view_as(rows)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        # A view, as autograd keeps that as the parameter's gradient where it would copy the tensor itself.
-        return grad.to_dense() if grad.is_sparse else grad.view_as(grad)
 
 
 class Table(nn.Module):
@@ -89,13 +60,15 @@ class Table(nn.Module):
         """The table as a forward pass reads it: opened once, however many layers read it."""
         if self.stored:
             return OpenTable(self, self.codes, self.scales)
-        opened: Tensor = _Open.apply(self.weight)  # type: ignore[no-untyped-call]
-        return OpenTable(self, opened, None)
+        gradient = RowGradient()
+        return OpenTable(self, open_rows(self.weight, gradient), None, gradient)
 
 
 @dataclass(frozen=True)
 class OpenTable:
     """A table that is read: `held` is its parameter, or its codes, which have `scales`.
+
+    Gradients of chapters are added into `gradient`.
 
     It stays where it is; of a layer on another device only what that layer reads is moved.
     """
@@ -103,6 +76,7 @@ class OpenTable:
     table: Table
     held: Tensor
     scales: Tensor | None
+    gradient: RowGradient = field(default_factory=RowGradient)
 
     def all(self) -> Tensor:
         """All rows, [rows, width]."""
@@ -114,8 +88,7 @@ class OpenTable:
         if self.scales is not None:
             codes, scales = (t.unflatten(0, (-1, length))[chapters] for t in (self.held, self.scales))
             return self._rows(codes, scales)
-        taken: Tensor = _TakeChapters.apply(self.held, chapters, length)  # type: ignore[no-untyped-call]
-        return self._rows(taken, None)
+        return self._rows(take_chapters(self.held, chapters, length, self.gradient), None)
 
     def _rows(self, held: Tensor, scales: Tensor | None) -> Tensor:
         bits = self.table.bits
@@ -182,16 +155,18 @@ class OpenBank:
         """The rows of chapters [A]: [A, T, width]."""
         return self._spread(self.tokens.chapters(chapters, self.chapter_length))
 
-    def rows_of(self, chapters: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    def rows_of(self, chapters: Tensor, like: Tensor) -> tuple[Tensor, Tensor, RowGradient | None]:
         """Rows [rows, width] with the dtype and device of `like`, and the numbers that chapters [A] have among them.
 
-        These are the parameter itself where it serves as it is, and otherwise the chapters, computed.
+        These are the parameter itself where it serves as it is, with where its gradient is added, and otherwise the
+        chapters, computed.
         """
         held = self.tokens.held
         serves = self.basis is None and self.tokens.table.bits is None
         if serves and held.dtype == like.dtype and held.device == like.device:
-            return held, chapters
-        return self.chapters(chapters).to(like).flatten(0, 1), torch.arange(chapters.numel(), device=like.device)
+            return held, chapters, self.tokens.gradient
+        rows = self.chapters(chapters).to(like).flatten(0, 1)
+        return rows, torch.arange(chapters.numel(), device=like.device), None
 
     def _spread(self, rows: Tensor) -> Tensor:
         return rows if self.basis is None else rows @ self.basis.all().transpose(0, 1)

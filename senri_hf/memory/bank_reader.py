@@ -142,8 +142,9 @@ class BankAttention(nn.Module):
         """The chosen chapters, for query [n, H, e]: [n, H, f]."""
         groups, length = Groups.of(choice.chapters), self.config.tokens_per_chapter
         if self.absorbs(groups.chapters.numel() * length, query.shape[0], choice.chapters.shape[1] * length):
-            rows, chapters = bank.rows_of(groups.chapters, query)
-            return self.lower(row_attention(self.lift(query), rows, chapters, length, choice.weight, groups))
+            rows, chapters, gradient = bank.rows_of(groups.chapters, query)
+            lifted = self.lift(query)
+            return self.lower(row_attention(lifted, rows, chapters, length, choice.weight, groups, gradient))
         rows = bank.chapters(groups.chapters).to(query)  # [A, T, width]
         keys, values = (p(rows).unflatten(-1, (self.num_heads, -1)) for p in (self.k_proj, self.v_proj))
         return chapter_attention(query, keys, values, choice.weight, groups)

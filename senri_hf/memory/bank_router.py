@@ -8,7 +8,7 @@ from torch import Tensor, distributed, nn
 from transformers import initialization as init
 
 from ..configuration import BankConfig
-from .chapter_attention import accumulator
+from .bank_gradient import accumulator
 from .state import RowState
 
 

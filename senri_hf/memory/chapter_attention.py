@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .bank_gradient import RowGradient, accumulator
+
 
 # Values that one block of tiles may hold of each kind: fits a CPU's cache, and keeps a GPU busy.
 BLOCK_VALUES = {"cpu": 1 << 20}
@@ -87,22 +89,30 @@ def chapter_attention(query: Tensor, keys: Tensor, values: Tensor, weight: Tenso
     return attended
 
 
-def row_attention(query: Tensor, rows: Tensor, chapters: Tensor, length: int, weight: Tensor, groups: Groups) -> Tensor:
+def row_attention(
+    query: Tensor,
+    rows: Tensor,
+    chapters: Tensor,
+    length: int,
+    weight: Tensor,
+    groups: Groups,
+    gradient: RowGradient | None = None,
+) -> Tensor:
     """Sum over the chapters that a token reads of weight * softmax(query M^T) M, M being the chapter's rows themselves.
 
-    Rows are read where they lie. Their gradient is dense where most chapters were read, and sparse, as large as what
-    was read, elsewhere.
+    Rows are read where they lie.
 
     Args:
         query: [n, H, width]
         rows: [C * length, width], among which chapters [A] of `groups` have these numbers.
         weight: [n, k] as in `chapter_attention`.
+        gradient: Where the gradient of rows is added, which autograd does not get then.
 
     Returns:
         [n, H, width]
     """
     attended: Tensor = _RowAttention.apply(  # type: ignore[no-untyped-call]
-        query, rows, weight.reshape(-1)[groups.order], groups, chapters, length
+        query, rows, weight.reshape(-1)[groups.order], groups, chapters, length, gradient
     )
     return attended
 
@@ -163,10 +173,17 @@ class _RowAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, rows: Tensor, weight: Tensor, groups: Groups, chapters: Tensor, length: int
+        ctx: Any,
+        query: Tensor,
+        rows: Tensor,
+        weight: Tensor,
+        groups: Groups,
+        chapters: Tensor,
+        length: int,
+        gradient: RowGradient | None,
     ) -> Tensor:
         ctx.save_for_backward(query, rows, weight, chapters)
-        ctx.groups, ctx.length = groups, length
+        ctx.groups, ctx.length, ctx.gradient = groups, length, gradient
         table = rows.unflatten(0, (-1, length))
         with torch.autocast(query.device.type, enabled=False):
             result = torch.zeros_like(query, dtype=accumulator(query))
@@ -179,19 +196,16 @@ class _RowAttention(torch.autograd.Function):
         return result.to(query.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor, None, None, None, None]:
         query, rows, weight, chapters = ctx.saved_tensors
         groups: Groups = ctx.groups
         length: int = ctx.length
         table = rows.unflatten(0, (-1, length))
-        is_dense = 2 * chapters.numel() > table.shape[0]
-        places = chapters if is_dense else torch.arange(chapters.numel(), device=chapters.device)
+        sums: Tensor | None = None
+        if ctx.needs_input_grad[1]:
+            sums = (ctx.gradient or RowGradient()).of(rows).view_as(table)
         with torch.autocast(query.device.type, enabled=False):
             grad_query = torch.zeros_like(query, dtype=accumulator(query))
-            grad_table = None
-            if ctx.needs_input_grad[1]:
-                count = table.shape[0] if is_dense else chapters.numel()
-                grad_table = table.new_zeros(count, *table.shape[1:], dtype=accumulator(query))
             grad_weight = torch.zeros_like(weight)
             for block in blocks(groups, query.shape[1], 1, length, rows.shape[1]):
                 m = table[chapters[block.chapter]]
@@ -205,19 +219,11 @@ class _RowAttention(torch.autograd.Function):
                 of_score = probability * (grows - product)
                 of_query = (of_score.to(m.dtype) @ m).view(*block.token.shape, *query.shape[1:])
                 grad_query.index_add_(0, block.token.flatten(), of_query.flatten(0, 1).to(grad_query.dtype))
-                if grad_table is not None:
+                if sums is not None:
                     of_rows = torch.cat([of_score, probability], dim=1).to(m.dtype).transpose(1, 2) @ both
-                    grad_table.index_add_(0, places[block.chapter], of_rows.to(grad_table.dtype))
-        if grad_table is not None:
-            grad_table = grad_table.to(rows.dtype).flatten(0, 1)
-            grad_table = grad_table if is_dense else sparse_rows(grad_table, chapters, length, rows.shape)
-        return grad_query.to(query.dtype), grad_table, grad_weight, None, None, None
-
-
-def sparse_rows(values: Tensor, chapters: Tensor, length: int, shape: torch.Size) -> Tensor:
-    """A sparse tensor of `shape` [C * length, width] with values [A * length, width] at chapters [A]."""
-    index = chapters[:, None] * length + torch.arange(length, device=chapters.device)
-    return torch.sparse_coo_tensor(index.flatten()[None], values, shape, check_invariants=False)
+                    sums.index_add_(0, chapters[block.chapter], of_rows.to(sums.dtype))
+        of_table = None if sums is None or ctx.gradient is not None else sums.flatten(0, 1).to(rows.dtype)
+        return grad_query.to(query.dtype), of_table, grad_weight, None, None, None, None
 
 
 @dataclass(frozen=True)
@@ -262,8 +268,3 @@ def blocks(groups: Groups, queries: int, heads: int, length: int, width: int) ->
 def softmax(score: Tensor) -> Tensor:
     """Probabilities in at least float32."""
     return score.softmax(-1, dtype=accumulator(score))
-
-
-def accumulator(x: Tensor) -> torch.dtype:
-    """The type in which sums of x are kept."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -176,7 +176,7 @@ def initialisation_section(model: str) -> list[str]:
     (steps, *_), rows = found["exact"].values(), found["exact"].items()
     lines = ["", "### Where the read starts", "", "`python benchmarks/initialisations.py`: full copies trained on"]
     lines += ["names only; unseen names whose every token comes out on top, by optimizer steps.", ""]
-    lines += ["| init | " + " | ".join(steps) + " |", "|---|" + "---|" * len(steps)]
+    lines += ["| mechanism, init | " + " | ".join(steps) + " |", "|---|" + "---|" * len(steps)]
     return lines + [f"| {init} | " + " | ".join(map(percent, exact.values())) + " |" for init, exact in rows]
 
 

@@ -90,6 +90,7 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
         "slots": {"read_scope": "tokens", "update_rule": "delta", "num_memories": 3},
         "gated slots": {"num_memories": 3},
         "segments": {"read_scope": "tokens", "update_rule": "corrected_delta", "memory_segment_length": 5},
+        "zero": {"init": "zero", "activation": "silu"},
     },
 }
 

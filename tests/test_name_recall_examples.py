@@ -186,8 +186,6 @@ def test_compressive_memory_learns_what_to_write_from_later_answers(run: Run, ba
         "1",
         "--max-steps",
         "4",
-        "--memory-head-dim",
-        "8",
     ]
     train(run, base, tmp_path, *options)
     weights = [load_file(tmp_path / f"checkpoint-{step}" / "adapter_model.safetensors") for step in (3, 4)]

@@ -51,7 +51,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--mechanism",
         choices=("episodic", "compressive"),
         default="episodic",
-        help="how memory is held; slots, surprise, rank, topics and init are settings of episodic memory alone",
+        help="how memory is held; slots, surprise, rank and topics are settings of episodic memory alone",
     )
     add(
         "--detach-every",
@@ -59,7 +59,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="conversations through which an answer teaches what is written; by default 1 with episodic memory, which "
         "learns to write by itself, and 16 with compressive memory",
     )
-    add("--memory-head-dim", type=int, default=64, help="size of a head of compressive memory")
+    add("--memory-head-dim", type=int, help="size of a head of compressive memory; the model's own by default")
     add("--lr", type=float, default=1e-4, help="learning rate")
     add("--from-adapter", type=Path, help="begin with what of this adapter's weights fits")
     add("--min-lr-ratio", type=float, default=0.0, help="share of the learning rate at which the schedule ends")
@@ -299,7 +299,7 @@ def begin_from(model: PeftModel, adapter: Path) -> None:
 def memory_settings(args: argparse.Namespace) -> dict[str, Any]:
     """Settings of the adapter that are its mechanism's own."""
     if args.mechanism == "compressive":
-        return {"memory_head_dim": args.memory_head_dim}
+        return {"memory_head_dim": args.memory_head_dim, "init": args.init}
     return {
         "buffer_slots": args.buffer_slots,
         "store_slots": args.store_slots,

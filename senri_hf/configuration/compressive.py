@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, fields
 
 
 UPDATE_RULES = ("additive", "delta", "corrected_delta", "gated_delta")
+ACTIVATIONS = ("silu", "none")
 
 
 def check_whole(name: str, value: object, least: int) -> None:
@@ -46,6 +47,7 @@ class CompressiveConfig:
         memory_segment_length: Tokens between updates, counted from the start of the conversation. Inside a segment of
             more than one token memory is frozen. `"gated_delta"` has segments of one token only.
         conv_kernel: Width of the causal convolution before queries, keys and values of `"gated_delta"`; 1 for none.
+        activation: What follows it: `"silu"`, as in Gated DeltaNet, or `"none"`.
     """
 
     update_rule: str = field(default="delta", metadata={"help": f"One of {UPDATE_RULES}."})
@@ -54,10 +56,12 @@ class CompressiveConfig:
     memory_slot_tokens: int = field(default=512, metadata={"help": "Tokens that one slot takes before the next."})
     memory_segment_length: int = field(default=1, metadata={"help": "Tokens between updates of the memory."})
     conv_kernel: int = field(default=4, metadata={"help": "Width of the convolution of gated_delta; 1: none."})
+    activation: str = field(default="silu", metadata={"help": f"After it, one of {ACTIVATIONS}."})
 
     def validate(self) -> None:
         """Raise ValueError naming the first setting that is out of its range."""
         check_choice("update_rule", self.update_rule, UPDATE_RULES)
+        check_choice("activation", self.activation, ACTIVATIONS)
         for name in ("num_memories", "memory_slot_tokens", "memory_segment_length", "conv_kernel"):
             check_whole(name, getattr(self, name), 1)
         if self.memory_head_dim is not None:

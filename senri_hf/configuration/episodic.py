@@ -37,8 +37,8 @@ class EpisodicConfig:
         read_scope: `"conversation"`: a token reads what past conversations left. `"committed_segments"`: it also reads
             the segments of its own conversation that were complete before it.
         write_generated: Whether tokens that `generate()` produced are written too. When False, tokens with which
-            a call continues a context one at a time, as decoding does (and a last chunk of one token of a prompt fed
-            in chunks), and candidates of assisted decoding are only read.
+            a call continues a context one at a time, as decoding does, and candidates of assisted decoding are only
+            read.
         init: `"base_attention"`: queries, keys, values and output start as the layer's own attention projections,
             so that reading memory begins as re-reading the past. `"zero"`: random projections, the output zero.
         rank: With `init="base_attention"`, the rank of the trained change of each projection; None trains full copies.

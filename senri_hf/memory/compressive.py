@@ -114,7 +114,12 @@ def elu_features(projected: Tensor) -> Tensor:
 
 def unit_features(projected: Tensor) -> Tensor:
     """SiLU, then L2 norm 1, in float32: the features of Gated DeltaNet."""
-    return torch.nn.functional.normalize(torch.nn.functional.silu(projected.float()), dim=-1, eps=1e-6)
+    return unit_length(torch.nn.functional.silu(projected.float()))
+
+
+def unit_length(projected: Tensor) -> Tensor:
+    """L2 norm 1, in float32."""
+    return torch.nn.functional.normalize(projected.float(), dim=-1, eps=1e-6)
 
 
 def read_and_write(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..configuration import CompressiveConfig
-from .compressive import UpdateRule, elu_features, unit_features
+from .compressive import UpdateRule, elu_features, unit_features, unit_length
 from .compressive_layer import Progress, Step
 from .compressive_state import Associations, MemoryShape
 from .layout import Layout
@@ -24,43 +24,44 @@ class CompressiveMemory(nn.Module):
     log a = -exp(A) softplus(W_a x + dt) for every token and head, an RMS norm and a SiLU gate on what was read.
 
     Args:
-        hidden_size: Of the model; it is divided into heads of `config.memory_head_dim`.
+        hidden_size: Of the model.
         config: The mechanism's settings.
+        heads: Their number and size; by default the hidden size is divided into heads of `config.memory_head_dim`.
     """
 
-    def __init__(self, hidden_size: int, config: CompressiveConfig) -> None:
+    def __init__(self, hidden_size: int, config: CompressiveConfig, heads: tuple[int, int] | None = None) -> None:
         super().__init__()
-        size = config.head_dim(hidden_size)
-        heads = hidden_size // size
-        self.is_gated = config.update_rule == "gated_delta"
+        count, size = heads or (hidden_size // config.head_dim(hidden_size), config.head_dim(hidden_size))
+        inner = count * size
+        self.is_gated, self.activates = config.update_rule == "gated_delta", config.activation == "silu"
         width = config.conv_kernel if self.is_gated else 1
         self.shape = MemoryShape(
             rule=UpdateRule(config.update_rule),
-            heads=heads,
+            heads=count,
             key_dim=size,
             value_dim=size,
             slots=config.num_memories,
             slot_tokens=config.memory_slot_tokens,
             segment=config.memory_segment_length,
             tail_columns=width - 1,
-            tail_channels=3 * hidden_size if width > 1 else 0,
+            tail_channels=3 * inner if width > 1 else 0,
         )
-        self.q_proj = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.k_proj = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.v_proj = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.o_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.q_proj = nn.Linear(hidden_size, inner, bias=False)
+        self.k_proj = nn.Linear(hidden_size, inner, bias=False)
+        self.v_proj = nn.Linear(hidden_size, inner, bias=False)
+        self.o_proj = nn.Linear(inner, hidden_size, bias=False)
         # What was read, for those who look at it.
         self.memory_read = nn.Identity()
         if self.is_gated:
-            self.b_proj = nn.Linear(hidden_size, heads, bias=False)
-            self.a_proj = nn.Linear(hidden_size, heads, bias=False)
-            self.A_log = nn.Parameter(torch.empty(heads))
-            self.dt_bias = nn.Parameter(torch.empty(heads))
-            self.g_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+            self.b_proj = nn.Linear(hidden_size, count, bias=False)
+            self.a_proj = nn.Linear(hidden_size, count, bias=False)
+            self.A_log = nn.Parameter(torch.empty(count))
+            self.dt_bias = nn.Parameter(torch.empty(count))
+            self.g_proj = nn.Linear(hidden_size, inner, bias=False)
             self.o_norm = nn.RMSNorm(size, eps=1e-6)
-            self.conv1d = nn.Conv1d(3 * hidden_size, 3 * hidden_size, width, groups=3 * hidden_size, bias=False)
+            self.conv1d = nn.Conv1d(3 * inner, 3 * inner, width, groups=3 * inner, bias=False)
         if config.num_memories > 1:
-            self.sharpness = nn.Parameter(torch.empty(heads))
+            self.sharpness = nn.Parameter(torch.empty(count))
         self.reset_parameters()
 
     @torch.no_grad()
@@ -117,13 +118,13 @@ class CompressiveMemory(nn.Module):
             taps = torch.cat([point.tail.to(raw.dtype), raw], dim=1).transpose(1, 2)
             q, k, v = self.conv1d(taps).transpose(1, 2).chunk(3, dim=-1)
         q, k, v = (part.unflatten(-1, (self.shape.heads, -1)) for part in (q, k, v))
+        features: Callable[[Tensor], Tensor] = elu_features
         if self.is_gated:
-            features, v = unit_features, nn.functional.silu(v)
+            features, v = (unit_features, nn.functional.silu(v)) if self.activates else (unit_length, v)
             strength = self.b_proj(streams).float().sigmoid()
             step = nn.functional.softplus(self.a_proj(streams).float() + self.dt_bias.float())
             log_decay = -self.A_log.float().exp() * step
         else:
-            features = elu_features
             strength = log_decay = streams[..., :0]
         tokens = Associations(features(k), v.float(), strength, log_decay, raw, valid, valid, layout.real)
         return features(q), tokens

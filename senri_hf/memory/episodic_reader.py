@@ -49,6 +49,11 @@ class AttentionWeights:
     q_norm: nn.Module | None = None
     k_norm: nn.Module | None = None
 
+    @property
+    def head_dim(self) -> int:
+        """Size of a head of queries and keys."""
+        return self.q.shape[0] // self.num_heads
+
     @classmethod
     def random(cls, hidden_size: int, num_heads: int) -> "AttentionWeights":
         """Random queries, keys and values of hidden_size / num_heads each; the output is zero."""
@@ -123,7 +128,7 @@ class EpisodicReader(nn.Module):
         self.k_proj = projection(attention.k, attention.biases.get("k"), rank)
         self.v_proj = projection(attention.v, attention.biases.get("v"), rank)
         self.o_proj = projection(attention.o, None, rank)
-        head_size, hidden_size = attention.q.shape[0] // self.num_heads, attention.q.shape[1]
+        head_size, hidden_size = attention.head_dim, attention.q.shape[1]
         topics = config.num_topics
         self.topic_proj = nn.Linear(hidden_size, topics * config.topic_size, bias=False)
         # What tokens count for in the topic of a past conversation, and in that of the open one.

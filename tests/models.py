@@ -66,7 +66,7 @@ SMALL: dict[str, dict[str, Any]] = {
         "top_k_chapters": 2,
         "routing_window_size": 5,
     },
-    "compressive": {"memory_head_dim": 8, "memory_slot_tokens": 7},
+    "compressive": {"memory_slot_tokens": 7},
 }
 SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "episodic": {
@@ -90,7 +90,7 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
         "slots": {"read_scope": "tokens", "update_rule": "delta", "num_memories": 3},
         "gated slots": {"num_memories": 3},
         "segments": {"read_scope": "tokens", "update_rule": "corrected_delta", "memory_segment_length": 5},
-        "zero": {"init": "zero", "activation": "silu"},
+        "zero": {"init": "zero", "activation": "silu", "memory_head_dim": 8},
     },
 }
 

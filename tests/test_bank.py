@@ -17,7 +17,7 @@ from senri_hf.memory.bank_quantized import dequantize, fake_quantize, pack, quan
 from senri_hf.memory.bank_reader import BankAttention, LowRankProjection
 from senri_hf.memory.bank_reference import read_bank
 from senri_hf.memory.bank_reference import router_losses as defined_losses
-from senri_hf.memory.bank_router import router_losses
+from senri_hf.memory.bank_router import choose, router_losses
 from senri_hf.memory.chapter_attention import Groups
 
 
@@ -251,13 +251,13 @@ def test_router_losses_are_those_of_the_definition() -> None:
     logits = torch.randn(20, 8, dtype=torch.float64)
     real = torch.rand(20) < 0.7
     expected = defined_losses(logits[real], 3)
-    _, record = attention.router.choose(logits, real)
+    _, record = choose(logits, real, attention.config)
     for name, loss in expected.items():
         assert_equal(getattr(router_losses([record, record]), name), loss, name)
     assert_equal(record.usage.sum(), torch.ones((), dtype=torch.float64), "usage")
-    even, _ = attention.router.choose(torch.zeros(64, 8, dtype=torch.float64), torch.ones(64, dtype=torch.bool))
+    even, _ = choose(torch.zeros(64, 8, dtype=torch.float64), torch.ones(64, dtype=torch.bool), attention.config)
     assert even.weight.shape == (64, 3)
-    _, nothing = attention.router.choose(logits, torch.zeros(20, dtype=torch.bool))
+    _, nothing = choose(logits, torch.zeros(20, dtype=torch.bool), attention.config)
     assert all(value.isfinite().all() for value in (*nothing, *router_losses([nothing])))
 
 

@@ -1,6 +1,7 @@
 """A bank beside the layers of a model that exists: with any cache, packed, with LoRA, saved, quantized."""
 
 import copy
+import pickle
 import warnings
 from pathlib import Path
 from typing import Any
@@ -302,16 +303,87 @@ def test_bfloat16_bases_are_read_in_float32() -> None:
     assert torch.nn.functional.cosine_similarity(ours.flatten(), theirs.flatten(), dim=0) > 0.95
 
 
-@torch.no_grad()
-def test_a_bank_in_a_model_with_a_bank_leaves_it_the_length_of_prompts() -> None:
-    """Both are routed by it; a model that knows nothing of it is not given it."""
+def model_with_a_bank(strategy: str) -> Any:
     torch.manual_seed(0)
     config = senri_hf.MemoryTransformerConfig(
         vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_memory_tokens=32, wo_init_zero=False, use_chapters=True, num_chapters=8, top_k_chapters=2,
-        routing_strategy_inference="hybrid", routing_window_size=2,
+        routing_strategy_inference=strategy, routing_window_size=2,
     )  # fmt: skip
-    base, ids, lengths = senri_hf.MemoryTransformerForCausalLM(config).eval(), tokens(1, 12), torch.tensor([4])
+    return senri_hf.MemoryTransformerForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("cache", ["plain", "memory"])
+@pytest.mark.parametrize("strategy", CAUSAL_STRATEGIES)
+@torch.no_grad()
+def test_a_bank_in_a_model_with_a_bank_keeps_a_routing_state_of_its_own(strategy: str, cache: str) -> None:
+    """Under PEFT's default name as under any other: decoding is the full forward."""
+    settings = {**SMALL["bank"], **routed(strategy)}
+    config = MemoryAdapterConfig(mechanism="bank", layers_to_transform=[1], **settings)
+    model, ids = perturb(get_peft_model(model_with_a_bank(strategy), config).eval()), tokens(1, 9)
+    memory = MemoryCache.for_model(model)
+    assert len({(layer.layer_idx, layer.adapter_name) for layer in memory.memory_layers}) == len(memory.memory_layers)
+    plain = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None, "attention_mask": torch.ones_like(ids)}
+    ours = model.generate(input_ids=ids, **plain, **({"past_key_values": memory} if cache == "memory" else {}))
+    assert torch.equal(ours, model.generate(input_ids=ids, use_cache=False, **plain))
+
+
+def test_no_adapter_is_called_as_the_memory_of_a_model_itself() -> None:
+    model = BANK.fresh()
+    with pytest.raises(ValueError, match=r"'built_in'.*another name"):
+        model.add_adapter("built_in", model.peft_config["default"])
+
+
+@pytest.mark.parametrize("way", ["nothing", "inputs", "embeddings", "an assistant"])
+@pytest.mark.parametrize("home", ["model", "adapter"])
+@pytest.mark.filterwarnings("ignore:.*assistant.*")
+@torch.no_grad()
+def test_hybrid_routing_is_told_of_every_kind_of_prompt(home: str, way: str) -> None:
+    """None at all included, and where the model that proposes tokens has no memory: as without a cache."""
+    model = model_with_a_bank("hybrid") if home == "model" else BANK.build(**routed("hybrid"), routing_window_size=2)
+    ids = tokens(2, 7) % 97
+    plain = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    embeddings = model.get_input_embeddings()(ids)
+    ways: dict[str, dict[str, Any]] = {
+        "nothing": {"bos_token_id": 1},
+        "inputs": {"inputs": ids, "input_ids": None, "attention_mask": torch.ones_like(ids)},
+        "embeddings": {"input_ids": None, "inputs_embeds": embeddings, "attention_mask": torch.ones_like(ids)},
+        "an assistant": {"inputs": ids[:1], "attention_mask": torch.ones_like(ids[:1])},
+    }
+    assistant = tiny_model("llama", vocab_size=model.config.vocab_size) if way == "an assistant" else None
+    ours = model.generate(**ways[way], **plain, assistant_model=assistant)
+    assert torch.equal(ours, model.generate(**ways[way], **plain, use_cache=False))
+
+
+@pytest.mark.filterwarnings("ignore:.*Adapters.*")
+def test_generate_is_told_of_memory_only_while_there_is_one() -> None:
+    """Copied and pickled with its model, described as the model's own, and gone with the adapter."""
+    model, ids = BANK.fresh(), tokens(1, 5)
+    base = model.get_base_model()
+    assert base.generate.__doc__ == type(base).generate.__doc__
+    for other in (copy.deepcopy(base), pickle.loads(pickle.dumps(base))):
+        assert other.generate.args == (other,)
+    kept = base.generate
+    base = model.unload()
+    assert "generate" not in vars(base)
+    plain = {"input_ids": ids, "max_new_tokens": 3, "do_sample": False}
+    assert torch.equal(kept(**plain), base.generate(**plain))
+
+
+@torch.no_grad()
+def test_a_lora_may_be_on_everything_in_a_model_with_a_bank() -> None:
+    """The router included."""
+    base, ids = model_with_a_bank("prefix"), tokens(1, 6)
+    expected = base(ids).logits
+    model = get_peft_model(base, LoraConfig(target_modules="all-linear"))
+    assert_close(model(ids).logits, expected, "logits")
+    assert any("router" in name and "lora_A" in name for name, _ in model.named_parameters())
+
+
+@torch.no_grad()
+def test_a_bank_in_a_model_with_a_bank_leaves_it_the_length_of_prompts() -> None:
+    """Both are routed by it; a model that knows nothing of it is not given it."""
+    base, ids, lengths = model_with_a_bank("hybrid"), tokens(1, 12), torch.tensor([4])
     expected = base(input_ids=ids, prompt_lengths=lengths).logits
     assert not torch.allclose(base(input_ids=ids).logits, expected, atol=1e-4)
     adapter = MemoryAdapterConfig(mechanism="bank", layers_to_transform=[1], **SMALL["bank"])  # adds nothing yet

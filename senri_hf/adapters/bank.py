@@ -12,7 +12,7 @@ from ..configuration.bank import QUANTIZED_BITS, check_choice, lookahead_error
 from ..configuration.memory_transformer import VARIANTS
 from ..memory import MemoryLayer
 from ..memory.bank import MemoryBank, OpenBank
-from ..memory.bank_layer import BankLayer
+from ..memory.bank_layer import BankLayer, prompt_lengths
 from ..memory.bank_reader import BankAttention, MemoryLinear
 from ..memory.bank_router import RouterRecord, has_router_loss, router_loss, router_losses
 from ..memory.router_loss import RouterLossSlot
@@ -102,8 +102,7 @@ class BankBlock(nn.Module, MemoryBlock):
         assert real is not None
         lengths = context.prompt_lengths
         if lengths is None and "hybrid" in self.config.routing_strategies:
-            first = context.generated_from
-            lengths = real[:, :first].sum(1) if layer is None else layer.prompt_before(real, first)
+            lengths = prompt_lengths(real, context.generated_from, layer)
         # In the adapter's own dtype, which PEFT keeps at float32.
         stream = output.to(self.norm.weight.dtype)
         read, record = self.attention(self.norm(stream), self.open_bank(context), real, layer, starts, lengths)

@@ -13,6 +13,7 @@ from ..memory import MemoryCache, MemoryLayer
 from ..memory.cache import layer_in
 from ..memory.layer import ROLLBACK_TOKENS
 from ..memory.layout import Layout
+from ..memory.prompt import Prompt
 from ..memory.real_tokens import AfterEnd, document_starts, real_tokens
 
 
@@ -31,7 +32,7 @@ class ForwardContext:
         generated_from: The first column of this pass that `generate()` produced, T where there is none. Where nobody
             said where the prompt ends, a single token counts as such with a cache that is no memory cache, also where
             it is the first.
-        unread: Columns of the prompt that `generate()` has yet to feed, of all without a cache; None outside of it.
+        prompt: Where the prompt of the `generate()` that is going on ends.
         given: The decoder's arguments by name.
         cache: The cache of this pass, whatever it is.
         past: How many columns attention sees before this pass: the context, and memory's own in front of it.
@@ -48,7 +49,7 @@ class ForwardContext:
     logits_to_keep: Any = None
     prompt_lengths: Tensor | None = None
     generated_from: int = 0
-    unread: int | None = None
+    prompt: Prompt = field(default_factory=Prompt)
     past: Any = 0
     given: dict[str, Any] = field(default_factory=dict)
     waiting: dict[Callable[..., None], list[Any]] = field(default_factory=dict)
@@ -86,13 +87,9 @@ class ForwardContext:
 
     def _first_generated(self, cache: Cache | None, length: int) -> int:
         """`generated_from` of a pass of `length` columns."""
-        first = length if cache is None else length - self._generated(cache, length)
-        if self.unread is None:
-            return first
-        first = min(self.unread, length)
-        if cache is not None:
-            self.unread -= first
-        return first
+        guessed = length if cache is None else length - self._generated(cache, length)
+        said = self.prompt.take(length, goes_on=cache is not None)
+        return guessed if said is None else said
 
     def _generated(self, cache: Cache, length: int) -> int:
         """How many of this pass's columns `generate()` produced, its last ones, where nobody said.

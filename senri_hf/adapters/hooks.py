@@ -4,8 +4,8 @@ Hooks are functions of this module (closures would break deepcopy and pickle) an
 They run outside of gradient checkpointing, which recomputes `forward` only, so that nothing is written twice.
 """
 
+import contextlib
 import inspect
-from collections.abc import Callable
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -17,23 +17,11 @@ from .context import ForwardContext
 from .layer import MemoryAdapterLayer
 
 
-# What `generate()` takes a prompt by, the one that counts first: the mask covers what is in the cache, too.
-PROMPTS = ("attention_mask", "inputs_embeds", "input_ids")
-
-
-def generate(inner: Callable[..., Any], inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-    """A model's `generate()`, told to memory: where the prompt ends, in whatever pieces it is fed."""
-    model: Any = inner.__self__  # type: ignore[attr-defined]
-    context: ForwardContext = find_decoder(model).memory_context  # type: ignore[assignment]
-    prompt = next((kwargs[name] for name in PROMPTS if isinstance(kwargs.get(name), Tensor)), inputs)
-    outer, context.unread = context.unread, None
-    if prompt is not None:
-        cache = kwargs.get("past_key_values")
-        context.unread = prompt.shape[1] - (0 if cache is None else int(cache.get_seq_length()))
-    try:
-        return inner(inputs, *args, **kwargs)
-    finally:
-        context.unread = outer
+def generate(model: Any, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+    """A model's `generate()`, of which memory is told where the prompt ends."""
+    context: ForwardContext | None = getattr(find_decoder(model), "memory_context", None)
+    with contextlib.nullcontext() if context is None else context.prompt.fed(inputs, kwargs):
+        return type(model).generate(model, inputs, *args, **kwargs)
 
 
 def model_pre_hook(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from ..memory.decoder import find_decoder
+from ..memory.layer import BUILT_IN
 from .config import MemoryAdapterConfig
 from .context import ForwardContext
 from .decoder import find_decoder_layers
@@ -55,6 +56,10 @@ class MemoryTuner(BaseTuner):
         **kwargs: Any,
     ) -> None:
         assert isinstance(peft_config, MemoryAdapterConfig)
+        if adapter_name == BUILT_IN:
+            raise ValueError(
+                f"An adapter cannot be called {adapter_name!r}, as the memory of a model itself is; use another name"
+            )
         adapter = getattr(target, CHILD, None)
         if adapter is None:
             layers = find_decoder_layers(self.model, peft_config.layers_pattern)
@@ -87,9 +92,11 @@ class MemoryTuner(BaseTuner):
             ]
             if decoder is not self.model:
                 decoder.memory_handles.append(self.model.register_forward_hook(model_hook, with_kwargs=True))
+            # On the instance, as PEFT calls the model's own; one that somebody else put there stays. A partial function
+            # is copied and pickled with its model.
             if self.model.can_generate() and "generate" not in vars(self.model):
-                # On the instance, as PEFT calls the model's own. A partial function is copied and pickled with it.
-                self.model.generate = functools.partial(generate, self.model.generate)  # type: ignore[method-assign]
+                self.model.generate = functools.partial(generate, self.model)  # type: ignore[method-assign]
+                self.model.generate.__doc__ = type(self.model).generate.__doc__
         return context
 
     def delete_adapter(self, adapter_name: str) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from dataclasses import dataclass, field, fields
@@ -232,6 +233,7 @@ class TrainingSection:
         for name in ("memory_lr", "lora_lr", "base_model_lr", "weight_decay", "max_grad_norm"):
             check_number(name, getattr(self, name), 0, float("inf"))
         check_number("min_lr_ratio", self.min_lr_ratio, 0, 1)
+        check_number("early_stopping_threshold", self.early_stopping_threshold, 0, float("inf"))
         if self.eval_split is None and (self.save_best_model or self.early_stopping):
             raise ValueError(
                 "eval_split=null was given with save_best_model or early_stopping, which go by an evaluation; set both "
@@ -312,6 +314,8 @@ class RunConfig:
                     f"max_length={self.training.max_length} was given, but the model has max_seq_len="
                     f"{self.model.max_seq_len}"
                 )
+            if not self.memory.vanilla_mode:
+                self.memory.layers(self.model.num_layers)
 
     def effective(self) -> str:
         """All settings as they are in force, as YAML that `load` reads; a base model's sizes are its own."""
@@ -379,6 +383,6 @@ def converted(name: str, value: Any, wanted: Any) -> Any:
 
 
 def check_number(name: str, value: float, least: float, most: float) -> None:
-    """ValueError when a setting is no number from `least` to `most`."""
-    if not least <= value <= most:
+    """ValueError when a setting is no finite number from `least` to `most`."""
+    if not (least <= value <= most and math.isfinite(value)):
         raise ValueError(f"{name}={value!r} was given, but {name} must be a number from {least} to {most}")

@@ -1,6 +1,6 @@
 """Banks: learnable rows in chapters, of which only those that are read are ever computed."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +76,7 @@ class OpenTable:
     table: Table
     held: Tensor
     scales: Tensor | None
-    gradient: RowGradient = field(default_factory=RowGradient)
+    gradient: RowGradient | None = None  # of a parameter
 
     def all(self) -> Tensor:
         """All rows, [rows, width]."""
@@ -88,6 +88,7 @@ class OpenTable:
         if self.scales is not None:
             codes, scales = (t.unflatten(0, (-1, length))[chapters] for t in (self.held, self.scales))
             return self._rows(codes, scales)
+        assert self.gradient is not None
         return self._rows(take_chapters(self.held, chapters, length, self.gradient), None)
 
     def _rows(self, held: Tensor, scales: Tensor | None) -> Tensor:

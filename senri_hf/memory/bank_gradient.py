@@ -42,8 +42,7 @@ class _Open(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None]:
         added: Tensor | None = ctx.gradient.take()
         if added is None:
-            # A view, as autograd keeps that as the parameter's gradient where it would copy the tensor itself.
-            return None if grad is None else grad.view_as(grad), None
+            return grad, None
         return (added if grad is None else added.add_(grad)).to(ctx.dtype), None
 
 

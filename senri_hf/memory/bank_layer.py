@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..configuration import BankConfig
 from .bank_router import RouterState, advance
-from .layer import ROLLBACK_TOKENS, MemoryLayer, too_far_back
+from .layer import BUILT_IN, ROLLBACK_TOKENS, MemoryLayer, too_far_back
 from .state import RowState, check_tensors
 
 
@@ -61,7 +61,7 @@ class BankLayer(MemoryLayer):
         self,
         config: BankConfig | None = None,
         layer_idx: int = 0,
-        adapter_name: str = "default",
+        adapter_name: str = BUILT_IN,
         **kwargs: Any,
     ) -> None:
         super().__init__(layer_idx, adapter_name)
@@ -85,19 +85,6 @@ class BankLayer(MemoryLayer):
                 self.open, now=self.open.now.with_prompt(lengths), older=self.open.older.with_prompt(lengths)
             )
         return self.open.now
-
-    def prompt_before(self, real: Tensor, column: int) -> Tensor | None:
-        """How many tokens of each row are the prompt, [B], where that ends before a column of the pass `real` [B, T].
-
-        -1 for rows of which nothing was read before it: it begins with the prompt. None when it is all prompt.
-        """
-        if column == real.shape[1]:
-            return None
-        count = real.new_zeros(real.shape[0], dtype=torch.long)
-        if self.open is not None:
-            count = count + self.open.now.count.to(real.device)
-        count = count + real[:, :column].sum(1)
-        return torch.where(count > 0, count, -1)
 
     def append(self, x: Tensor, real: Tensor) -> None:
         """Take in the next columns x [B, T, D], of which `real` [B, T] are no padding."""
@@ -209,3 +196,20 @@ class BankLayer(MemoryLayer):
             size = x.shape[-1] if self.config.use_chapters else 0
             state = RouterState.empty(x.shape[0], size, self.window, x)
             self.open = Conversation(state, state)
+
+
+def prompt_lengths(real: Tensor, column: int, layer: BankLayer | None) -> Tensor | None:
+    """How many tokens of each row are the prompt, [B], where that ends before a column of the pass `real` [B, T].
+
+    Args:
+        layer: What came before, in the cache; nothing when None.
+
+    Returns:
+        -1 for rows of which nothing was read before that column: it begins with the prompt. None when all is prompt.
+    """
+    if column == real.shape[1]:
+        return None
+    count = real[:, :column].sum(1)
+    if layer is not None and layer.open is not None:
+        count = count + layer.open.now.count.to(real.device)
+    return torch.where(count > 0, count, -1)

@@ -10,7 +10,7 @@ from transformers import initialization as init
 from ..configuration import BankConfig
 from .bank import OpenBank, attention_heads, attention_width, row_width
 from .bank_layer import BankLayer
-from .bank_router import ChapterRouter, Choice, RouterRecord, RouterState, mean_record, routed_by
+from .bank_router import ChapterRouter, Choice, RouterRecord, RouterState, choose, mean_record, routed_by
 from .chapter_attention import Groups, chapter_attention, row_attention
 
 
@@ -101,7 +101,7 @@ class BankAttention(nn.Module):
         if self.router is not None:
             state = self._state(x, layer, prompt_lengths)
             logits = self.router(routed_by(x, real, self.strategy, state, starts)).flatten(0, 1)
-            choice, record = self.router.choose(logits, real.flatten())
+            choice, record = choose(logits, real.flatten(), self.config)
             self.record = RouterRecord(*(value.detach() for value in record))
         if layer is not None:
             layer.append(x, real)

@@ -138,17 +138,10 @@ class Choice(NamedTuple):
 
 
 class ChapterRouter(nn.Linear):
-    """Logits over the routed chapters, and the choice of the best `top_k`.
-
-    Its output is the logits, [..., C] in at least float32.
-    """
+    """Logits over the routed chapters, [..., C] in at least float32."""
 
     def __init__(self, config: BankConfig, hidden_size: int) -> None:
         super().__init__(hidden_size, config.num_chapters - config.num_shared_chapters, bias=False)
-        self.first = config.num_shared_chapters
-        self.top_k = config.top_k_chapters
-        self.scaling_factor = config.routed_scaling_factor
-        self.normalized = config.router_weights_are_normalized
 
     def reset_parameters(self) -> None:
         init.normal_(self.weight, std=self.in_features**-0.5)
@@ -159,37 +152,39 @@ class ChapterRouter(nn.Linear):
             dtype = accumulator(by)
             return nn.functional.linear(by.to(dtype), self.weight.to(dtype))
 
-    def choose(self, logits: Tensor, real: Tensor) -> tuple[Choice, RouterRecord]:
-        """Choose chapters by logits [n, C]; real [n] says which of the tokens are no padding."""
-        probability = logits.softmax(-1)
-        weight, chapters = probability.topk(self.top_k, dim=-1)
-        record = self.record(logits, probability, chapters, real)
-        if self.normalized:
-            weight = weight / weight.sum(-1, keepdim=True)
-        weight, chapters = weight * self.scaling_factor, chapters + self.first
-        if self.first:
-            always = torch.arange(self.first, device=chapters.device).expand(chapters.shape[0], -1)
-            chapters = torch.cat([always, chapters], dim=-1)
-            weight = torch.cat([torch.ones_like(always, dtype=weight.dtype), weight], dim=-1)
-        return Choice(chapters, weight), record
 
-    def record(self, logits: Tensor, probability: Tensor, chapters: Tensor, real: Tensor) -> RouterRecord:
-        """What was done for the real tokens."""
-        kept = real.to(probability.dtype)
-        tokens = kept.sum()
-        reads = torch.zeros_like(probability[0]).index_add(
-            0, chapters.flatten(), kept[:, None].expand_as(chapters).flatten()
-        )
-        log_normalizer = logits.logsumexp(-1)
-        surprise = log_normalizer - (probability * logits).sum(-1)
-        count = tokens.clamp_min(1)
-        return RouterRecord(
-            tokens=tokens,
-            mean=(probability * kept[:, None]).sum(0) / count,
-            z=(log_normalizer.square() * kept).sum() / count,
-            entropy=(surprise.detach() * kept).sum() / count,
-            usage=reads / (count * chapters.shape[-1]),
-        )
+def choose(logits: Tensor, real: Tensor, config: BankConfig) -> tuple[Choice, RouterRecord]:
+    """Choose chapters by a router's logits [n, C]; real [n] says which of the tokens are no padding."""
+    probability = logits.softmax(-1)
+    weight, chapters = probability.topk(config.top_k_chapters, dim=-1)
+    record = record_of(logits, probability, chapters, real)
+    if config.router_weights_are_normalized:
+        weight = weight / weight.sum(-1, keepdim=True)
+    weight, chapters = weight * config.routed_scaling_factor, chapters + config.num_shared_chapters
+    if config.num_shared_chapters:
+        always = torch.arange(config.num_shared_chapters, device=chapters.device).expand(chapters.shape[0], -1)
+        chapters = torch.cat([always, chapters], dim=-1)
+        weight = torch.cat([torch.ones_like(always, dtype=weight.dtype), weight], dim=-1)
+    return Choice(chapters, weight), record
+
+
+def record_of(logits: Tensor, probability: Tensor, chapters: Tensor, real: Tensor) -> RouterRecord:
+    """What was done for the real tokens."""
+    kept = real.to(probability.dtype)
+    tokens = kept.sum()
+    reads = torch.zeros_like(probability[0]).index_add(
+        0, chapters.flatten(), kept[:, None].expand_as(chapters).flatten()
+    )
+    log_normalizer = logits.logsumexp(-1)
+    surprise = log_normalizer - (probability * logits).sum(-1)
+    count = tokens.clamp_min(1)
+    return RouterRecord(
+        tokens=tokens,
+        mean=(probability * kept[:, None]).sum(0) / count,
+        z=(log_normalizer.square() * kept).sum() / count,
+        entropy=(surprise.detach() * kept).sum() / count,
+        usage=reads / (count * chapters.shape[-1]),
+    )
 
 
 def mean_record(records: list[RouterRecord]) -> RouterRecord:

@@ -11,7 +11,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from .compressive import read_backwards
 from .compressive_state import Associations, CompressiveState, MemoryShape, advance, by_head, look_up, take, take_in
-from .layer import ROLLBACK_TOKENS, CountsContext, MemoryLayer, too_far_back
+from .layer import BUILT_IN, ROLLBACK_TOKENS, CountsContext, MemoryLayer, too_far_back
 from .state import RowState, check_tensors
 
 
@@ -216,7 +216,7 @@ class CompressiveLayer(MemoryLayer):
         self,
         shape: MemoryShape | None = None,
         layer_idx: int = 0,
-        adapter_name: str = "default",
+        adapter_name: str = BUILT_IN,
         commits: bool = False,
         writes_generated: bool = True,
         **kwargs: Any,

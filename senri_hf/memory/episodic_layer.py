@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..configuration import EpisodicConfig
 from .episodic import EMPTY, EpisodicState, add_access, end_conversation, pass_cycles, stage_segment, take
-from .layer import ROLLBACK_TOKENS, MemoryLayer, too_far_back
+from .layer import BUILT_IN, ROLLBACK_TOKENS, MemoryLayer, too_far_back
 from .state import RowState, check_tensors
 
 
@@ -113,7 +113,7 @@ class EpisodicLayer(MemoryLayer):
         self,
         config: EpisodicConfig | None = None,
         layer_idx: int = 0,
-        adapter_name: str = "default",
+        adapter_name: str = BUILT_IN,
         hidden_size: int | None = None,
         **kwargs: Any,
     ) -> None:

@@ -11,6 +11,8 @@ from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, STATIC_LAYER_TY
 
 # Tokens of the open conversation that can be taken back. Assisted and prompt-lookup decoding may propose as many at
 # once; by their own defaults they propose 20 and 10.
+# The name that the memory of a model itself has where adapters have theirs.
+BUILT_IN = "built_in"
 ROLLBACK_TOKENS = 64
 
 
@@ -43,7 +45,7 @@ class MemoryLayer(DummyLayer):
             DYNAMIC_LAYER_TYPE_MAPPING[cls._layer_type] = cls
             STATIC_LAYER_TYPE_MAPPING[cls._layer_type] = cls
 
-    def __init__(self, layer_idx: int = 0, adapter_name: str = "default") -> None:
+    def __init__(self, layer_idx: int = 0, adapter_name: str = BUILT_IN) -> None:
         super().__init__()
         self.layer_idx = layer_idx
         self.adapter_name = adapter_name

@@ -21,20 +21,18 @@ from transformers.utils.output_capturing import capture_outputs
 
 from ..configuration.bank import QUANTIZED_BITS, lookahead_error
 from ..configuration.memory_transformer import MemoryTransformerConfig
+from ..memory import bank_layer
 from ..memory.bank import MemoryBank, OpenBank, Table
 from ..memory.bank_layer import BankLayer
 from ..memory.bank_reader import BankAttention, MemoryLinear
 from ..memory.bank_router import ChapterRouter, RouterRecord, has_router_loss, mean_record, router_loss, router_losses
 from ..memory.cache import MemoryCache, layer_in
-from ..memory.layer import MemoryLayer
+from ..memory.layer import BUILT_IN, MemoryLayer
 from ..memory.owner import MemoryOwner
+from ..memory.prompt import Prompt
 from ..memory.real_tokens import AfterEnd, document_starts, real_tokens
 from ..memory.router_loss import RouterLossSlot, with_router_loss
 from .language_model import CausalLanguageModel
-
-
-# The memory of a model of its own is no adapter's; its layers in a cache are called so.
-ADAPTER_NAME = "default"
 
 
 @dataclass
@@ -79,7 +77,7 @@ class MemoryCrossAttention(BankAttention, MemoryOwner):
         self.layer_idx = layer_idx
 
     def memory_layers(self) -> list[MemoryLayer]:
-        return [self.new_cache_layer(self.layer_idx, ADAPTER_NAME)]
+        return [self.new_cache_layer(self.layer_idx, BUILT_IN)]
 
     def new_cache_layer(self, layer_idx: int, adapter_name: str) -> BankLayer:
         """A blank cache layer for what its routing keeps."""
@@ -225,6 +223,7 @@ class MemoryTransformerModel(MemoryTransformerPreTrainedModel):
         self.gradient_checkpointing = False
         self.router_loss = RouterLossSlot()
         self.predicts_next_token = False
+        self.prompt = Prompt()
         self.post_init()
 
     @merge_with_config_defaults
@@ -244,7 +243,7 @@ class MemoryTransformerModel(MemoryTransformerPreTrainedModel):
 
         Args:
             prompt_lengths: [B] how many tokens of each row's conversation, padding left out, are its prompt: `"hybrid"`
-                routing goes by them. All of them when None; `generate()` knows.
+                routing goes by them. All of them when None; `generate()` knows better.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
@@ -318,7 +317,7 @@ class MemoryTransformerModel(MemoryTransformerPreTrainedModel):
         starts = document_starts(inputs_embeds, attention_mask, position_ids, given)
         if cache is None and starts is not None:
             real = torch.ones(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
-            return MemoryPass(real, starts, prompt_lengths)
+            return MemoryPass(real, starts, self.lengths_of_prompts(real, None, prompt_lengths))
         past = 0 if cache is None else cache.get_seq_length()
         real, _ = real_tokens(inputs_embeds, attention_mask, position_ids, given, past)
         if isinstance(cache, MemoryCache):
@@ -326,14 +325,21 @@ class MemoryTransformerModel(MemoryTransformerPreTrainedModel):
                 layer.check_rows(inputs_embeds.shape[0])
             if input_ids is not None:
                 real = real & ~AfterEnd.of(self.config).among(input_ids, cache.recent_decoded)
-        return MemoryPass(real, None, prompt_lengths)
+        return MemoryPass(real, None, self.lengths_of_prompts(real, cache, prompt_lengths))
+
+    def lengths_of_prompts(self, real: Tensor, cache: Cache | None, given: Tensor | None) -> Tensor | None:
+        """The `given` lengths [B], or those of the prompts that `generate()` feeds; None where all is prompt."""
+        said = self.prompt.take(real.shape[1], goes_on=cache is not None)
+        if given is not None or said is None or "hybrid" not in self.config.routing_strategies:
+            return given
+        return bank_layer.prompt_lengths(real, said, self.memory_layer(min(self.bank_of_layer), cache))
 
     def memory_layer(self, index: int, cache: Cache | None) -> BankLayer | None:
         """What routing keeps for a layer, in the cache; None without a cache, or where nothing may be kept."""
         if cache is None or index not in self.bank_of_layer or (self.gradient_checkpointing and self.training):
             return None
         reader = cast(MemoryCrossAttention, self.layers[index].memory_attn)
-        layer = layer_in(cache, index, ADAPTER_NAME, reader.new_cache_layer, self.config.num_hidden_layers)
+        layer = layer_in(cache, index, BUILT_IN, reader.new_cache_layer, self.config.num_hidden_layers)
         return cast(BankLayer, layer)
 
     def position_embeddings(self, hidden_states: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -411,15 +417,9 @@ class MemoryTransformerForCausalLM(CausalLanguageModel, MemoryTransformerPreTrai
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """As for any model; `"hybrid"` routing is told where the prompt ends."""
-        given = next((kwargs[name] for name in ("input_ids", "inputs_embeds") if name in kwargs), inputs)
-        if given is not None and "hybrid" in self.config.routing_strategies and "prompt_lengths" not in kwargs:
-            mask, pad = kwargs.get("attention_mask"), self.config.pad_token_id
-            if mask is None and given.dim() == 2 and pad is not None and pad != self.config.eos_token_id:
-                mask = given != pad
-            lengths = given.new_full(given.shape[:1], given.shape[1], dtype=torch.long) if mask is None else mask.sum(1)
-            kwargs["prompt_lengths"] = lengths
         parent: Any = super()
-        return parent.generate(inputs, *args, **kwargs)
+        with self.model.prompt.fed(inputs, kwargs):
+            return parent.generate(inputs, *args, **kwargs)
 
 
 class MemoryTransformerForSequenceClassification(GenericForSequenceClassification, MemoryTransformerPreTrainedModel):

@@ -134,8 +134,8 @@ def passkey_section(found: dict[str, Any]) -> list[str]:
 
 COMPRESSIVE = (
     "python examples/name_recall/train.py --mechanism compressive --task names --memory-layers 11,14,17,20,23,26 "
-    "--lr 2e-3 --warmup-steps 10 --batch-size 8 --grad-accum 1 --keep-every 0 --prose-every 0 --num-train 1280 "
-    "--epochs 1"
+    "--lr 1e-3 --min-lr-ratio 0.1 --warmup-steps 10 --batch-size 8 --grad-accum 1 --keep-every 0 --prose-every 0 "
+    "--num-train 2560 --epochs 1"
 )
 
 

@@ -59,7 +59,7 @@ train-demo: weights
 	HF_HUB_OFFLINE=1 $(TRAIN) --model smollm2-135m-instruct --memory-layers 11,14,17,20,23,26 --rank 32 --lr 2e-3 \
 	  --min-lr-ratio 0.25 --average-from 0.5 --gate-lr-multiplier 10 --warmup-steps 10 --topic-steps 100 --keep-every 3 \
 	  --prose-every 4 --buffer-slots 64 --store-slots 448 --z-score-threshold 0.25 --batch-size 8 --grad-accum 1 \
-	  --num-train 3200 --num-val 24 --epochs 1 --eval-every 100 --save-every 20 \
+	  --num-train 3600 --num-val 24 --epochs 1 --eval-every 100 --save-every 20 \
 	  --checkpoint-dir checkpoints/smollm2-135m-instruct --resume-if-begun
 
 train-gemma: weights gemma

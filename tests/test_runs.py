@@ -361,6 +361,9 @@ def test_a_setting_does_what_it_says(flag: str, place: Path, monkeypatch: pytest
 
 
 WRONG: list[tuple[list[str], str]] = [
+    (["memory_lr=.inf"], "memory_lr=inf.*number"),
+    (["early_stopping_threshold=-1"], "early_stopping_threshold=-1.*number"),
+    (["memory_layer_placement=first_k", "memory_layer_k=99", "num_layers=12"], "memory_layer_k=99.*only 12 layers"),
     (["num_memory_token=3"], r"num_memory_token is no setting; did you mean 'num_memory_tokens'"),
     (["memory.hidden_dim=3"], "hidden_dim is a setting of the section model"),
     (["memory.num_chapter=3"], "did you mean 'num_chapters'"),

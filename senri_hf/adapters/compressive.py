@@ -54,8 +54,8 @@ class CompressiveAdapterConfig(CompressiveConfig, MemoryAdapterConfig):
     def new_block(
         self, decoder_layer: nn.Module, hidden_size: int, num_heads: int, layer_idx: int
     ) -> "CompressiveBlock":
-        size = self.memory_head_dim or hidden_size // num_heads
         if self.init == "zero":
+            size = self.memory_head_dim or hidden_size // num_heads
             block = CompressiveBlock(replace(self, memory_head_dim=size), decoder_layer, hidden_size)
             nn.init.zeros_(block.o_proj.weight)
             return block

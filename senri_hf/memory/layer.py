@@ -11,9 +11,9 @@ from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, STATIC_LAYER_TY
 
 # Tokens of the open conversation that can be taken back. Assisted and prompt-lookup decoding may propose as many at
 # once; by their own defaults they propose 20 and 10.
+ROLLBACK_TOKENS = 64
 # The name that the memory of a model itself has where adapters have theirs.
 BUILT_IN = "built_in"
-ROLLBACK_TOKENS = 64
 
 
 class MemoryLayer(DummyLayer):

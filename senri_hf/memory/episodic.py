@@ -16,6 +16,8 @@ SURPRISE_IMPORTANCE = 0.5
 ACCESS_IMPORTANCE = 0.3
 AGE_IMPORTANCE = 0.001
 EMPTY = -1
+# Similarities and surprises that differ by no more are equal: those of copies of a state do, by rounding.
+GRAIN = 1e-4
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,17 @@ def cosine(tokens: Tensor, slots: Tensor) -> Tensor:
     """Cosine similarity of tokens [B, S, D] and slots [B, N, D]: [B, S, N]; 0 for a zero vector."""
     length = torch.linalg.vector_norm(slots, dim=-1).clamp_min(1e-12)
     return torch.nn.functional.normalize(tokens, dim=-1) @ slots.transpose(1, 2) / length[:, None]
+
+
+def first_of_largest(values: Tensor) -> Tensor:
+    """The first place [*] of [*, N] whose value is the largest but for rounding."""
+    return (values >= values.amax(-1, keepdim=True) - GRAIN).int().argmax(-1)
+
+
+def nearest_slot(similarity: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest similarity [B, S] of [B, S, N], and its slot: the first of several that are nearest."""
+    slot = first_of_largest(similarity)
+    return similarity.gather(-1, slot[..., None])[..., 0], slot
 
 
 def running_statistics(state: EpisodicState, surprise: Tensor, valid: Tensor, alpha: float) -> tuple[Tensor, ...]:
@@ -183,7 +196,7 @@ def consolidate(
     live = state.live_store()
     some = slice(max(occupied(live), 1))
     similarity = cosine(hidden.detach(), state.store[:, some]).masked_fill(~live[:, None, some], -2.0)
-    nearest, slot = similarity.max(-1)  # [B, S]
+    nearest, slot = nearest_slot(similarity)
     same = nearest >= config.consolidation_similarity
     if config.contrastive_weight:
         low, high = config.contrastive_similarity, config.consolidation_similarity
@@ -198,9 +211,9 @@ def consolidate(
     # Updates: for every slot the most surprising token that is the same thing.
     known = surprising & same
     rival = (slot[:, :, None] == slot[:, None]) & known[:, None]  # [B, S, S]
-    best = torch.where(rival, surprise[:, None], -torch.inf).argmax(-1)
+    best = first_of_largest(torch.where(rival, surprise[:, None], -torch.inf))
     update = known & (best == torch.arange(hidden.shape[1], device=slot.device))
-    update = update & (surprise > state.surprise.gather(1, slot))
+    update = update & (surprise > state.surprise.gather(1, slot) + GRAIN)
     updated = slot.masked_fill(~update, config.store_slots)
     before = state.store
     state = replace(
@@ -240,7 +253,7 @@ def write_buffer(
 ) -> EpisodicState:
     """Write a segment into the buffer: known tokens reinforce their nearest slot, novel ones take the weakest slots."""
     live = state.live_buffer(config)
-    nearest, slot = cosine(hidden.detach(), state.buffer).masked_fill(~live[:, None], -2.0).max(-1)  # [B, S]
+    nearest, slot = nearest_slot(cosine(hidden.detach(), state.buffer).masked_fill(~live[:, None], -2.0))
     known = valid & (nearest >= config.novelty_threshold)
     novel = valid & ~known
 

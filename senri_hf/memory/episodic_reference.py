@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from ..configuration import EpisodicConfig
-from .episodic import ACCESS_IMPORTANCE, AGE_IMPORTANCE, EMPTY, SURPRISE_IMPORTANCE, EpisodicState
+from .episodic import (
+    ACCESS_IMPORTANCE,
+    AGE_IMPORTANCE,
+    EMPTY,
+    GRAIN,
+    SURPRISE_IMPORTANCE,
+    EpisodicState,
+)
 from .episodic_reader import CONVERSATIONS, EpisodicReader, Reading
 
 
@@ -77,7 +84,7 @@ def consolidate(
     own: list[float | None] = []  # the token's own surprise, None when it is not surprising
     for token, value, mean, deviation in zip(tokens, surprise, means, deviations, strict=True):
         similarity = {slot: cosine(token, state.store[0, slot]) for slot in filled}
-        nearest = max(filled, key=lambda slot: similarity[slot], default=None)
+        nearest = first_of_largest(similarity)
         is_same = nearest is not None and similarity[nearest] >= high
         same.append(nearest if is_same else None)
         if math.isnan(mean):  # without history nothing is surprising
@@ -99,10 +106,10 @@ def consolidate(
     store, kept = list(state.store[0]), state.surprise[0].tolist()
     access, age, tag = state.access[0].tolist(), state.store_age[0].tolist(), state.tag[0].tolist()
     for slot in filled:
-        claims = [(value, -i) for i, value in enumerate(spread) if value is not None and same[i] == slot]
-        if claims and max(claims)[0] > kept[slot]:
-            value, index = max(claims)
-            store[slot], kept[slot], age[slot], tag[slot] = tokens[-index], value, 0, first - index
+        claims = {i: value for i, value in enumerate(spread) if value is not None and same[i] == slot}
+        claim = first_of_largest(claims)
+        if claim is not None and claims[claim] > kept[slot] + GRAIN:
+            store[slot], kept[slot], age[slot], tag[slot] = tokens[claim], claims[claim], 0, first + claim
 
     def importance(slot: int) -> float:
         if slot not in filled:
@@ -138,7 +145,7 @@ def write_buffer(state: EpisodicState, tokens: list[Tensor], first: int, config:
     novel = []
     for index, token in enumerate(tokens):
         similarity = {slot: cosine(token, slots[slot]) for slot in live}
-        nearest = max(live, key=lambda slot: similarity[slot], default=None)
+        nearest = first_of_largest(similarity)
         if nearest is not None and similarity[nearest] >= config.novelty_threshold:
             hits.setdefault(nearest, []).append(index)
         else:
@@ -227,6 +234,11 @@ def topics(reader: EpisodicReader, tokens: Tensor, weight: torch.nn.Module) -> T
     share = weight(tokens).softmax(0)
     projected = reader.topic_proj(tokens).unflatten(-1, (reader.config.num_topics, -1))
     return torch.nn.functional.normalize((share[..., None] * projected).sum(0), dim=-1)
+
+
+def first_of_largest(values: dict[int, float]) -> int | None:
+    """The first key whose value is the largest but for rounding; None for no values."""
+    return next((key for key, value in values.items() if value >= max(values.values()) - GRAIN), None)
 
 
 def cosine(a: Tensor, b: Tensor) -> float:

@@ -174,6 +174,20 @@ def base_names() -> list[str]:
     return list(KNOWN_BASES)
 
 
+def training_dtype() -> torch.dtype:
+    """The type to train a frozen base in on this machine: bfloat16 where it computes in it, else float32.
+
+    A processor that has no instructions for bfloat16 takes several times as long in it.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        computes = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        computes = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if computes else torch.float32
+
+
 def load_base(
     name_or_path: str,
     *,

@@ -30,6 +30,7 @@ from senri_hf.bases import (
     converted_folder,
     find_damage,
     load_base,
+    training_dtype,
 )
 
 
@@ -243,6 +244,16 @@ def test_any_folder_is_loaded_as_it_is(weights: RegistryWeights, conversion: Con
     assert model.dtype == torch.float32
     assert not model.training
     assert tokenizer.chat_template is None
+
+
+@pytest.mark.parametrize("computes", [True, False])
+def test_training_takes_bfloat16_only_where_the_processor_computes_in_it(
+    computes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: computes)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert training_dtype() == (torch.bfloat16 if computes else torch.float32)
 
 
 @pytest.mark.real

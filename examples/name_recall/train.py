@@ -29,6 +29,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import senri_hf
 from senri_hf.adapters import save_adapter
+from senri_hf.bases import training_dtype
 from senri_hf.files import whole, write_json
 from senri_hf.tasks import general_conversations, recall_episodes, training_mixture
 from senri_hf.tasks.text import ordinary_text
@@ -107,7 +108,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="read told conversations with memory, instead of once and without it",
     )
-    add("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="dtype of the frozen base model")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default=str(training_dtype()).removeprefix("torch."),
+        help="dtype of the frozen base model; by default bfloat16 where this machine computes in it",
+    )
     add("--license", default="mit", help="the license on the adapter's card; a base's may bind what is made of it")
     add("--seed", type=int, default=0)
     args = parser.parse_args(arguments)

@@ -34,9 +34,13 @@ ADAPTER = Path("examples") / "name_recall" / "adapters" / "smollm2-135m-instruct
 STORE = DOCS / "symbolic.json"
 SEEDS = (0, 1, 2)
 # Latents per dimension of autoencoders beside those of the cyclic sequence's own size, with the first seed.
-SIZES = (1.0, 2.0)
-HEADS = 4  # of a transformer beside those of the cyclic sequence, which have one
-PARTS = ("cyclic", "sizes", "heads", "variants", "lorenz", "language_model", "memory")
+SIZES = (0.75, 1.0)
+# Modules beside the residual stream after the first layer's attention, with more latents, of the first seed's model.
+MODULES = ("model.layers.0", "model.layers.1")
+MODULES_FACTOR = 0.75
+# Transformers beside those of the cyclic sequence, which have one head and an MLP in every layer.
+TRANSFORMERS = {"four heads": ("--num-heads", "4"), "no MLP": ("--no-mlp",)}
+PARTS = ("cyclic", "modules", "sizes", "transformers", "variants", "lorenz", "language_model", "memory")
 SEEDED = ("cyclic", "memory")
 SAELENS = "saelens"
 LANGUAGE_MODEL = ["--model", "smollm2-135m-instruct", "--module", "model.layers.8"]
@@ -108,12 +112,23 @@ def sizes_run(factor: float) -> Run:
     return Run(f"sae-{factor}", "train_sae", *arguments, needs=(train,))
 
 
-def heads_runs() -> dict[str, Run]:
-    """A transformer with more heads, and an autoencoder of it."""
-    train = Run(f"train-heads-{HEADS}", "train_cyclic", "--num-heads", str(HEADS))
+def module_runs(module: str) -> dict[str, Run]:
+    """An autoencoder of another module of the first seed's model, and what its latents change."""
+    train = cyclic_runs(SEEDS[0])["train"]
+    of_train = ["--model", str(train.folder)]
+    of_module = ["--module", module, "--expansion-factor", str(MODULES_FACTOR)]
+    sae = Run(f"sae-{module}", "train_sae", *of_train, *of_module, needs=(train,))
+    edit = [*of_train, "--sae", str(sae.folder)]
+    return {"sae": sae, "edit": Run(f"edit-{module}", "sae_mechanistic_intervention", *edit, needs=(train, sae))}
+
+
+def transformer_runs(name: str) -> dict[str, Run]:
+    """Another transformer, and an autoencoder of it."""
+    short = name.replace(" ", "-")
+    train = Run(f"train-{short}", "train_cyclic", *TRANSFORMERS[name])
     return {
         "train": train,
-        "sae": Run(f"sae-heads-{HEADS}", "train_sae", "--model", str(train.folder), needs=(train,)),
+        "sae": Run(f"sae-{short}", "train_sae", "--model", str(train.folder), needs=(train,)),
     }
 
 
@@ -269,7 +284,8 @@ def main() -> None:
     runs: dict[str, Any] = {
         "cyclic": lambda: {str(seed): cyclic_runs(seed) for seed in seeds},
         "sizes": lambda: {str(factor): sizes_run(factor) for factor in SIZES},
-        "heads": heads_runs,
+        "modules": lambda: {module: module_runs(module) for module in MODULES},
+        "transformers": lambda: {name: transformer_runs(name) for name in TRANSFORMERS},
         "variants": variants_run,
         "lorenz": lambda: Run("lorenz", "train_lorenz"),
         "memory": lambda: {str(seed): memory_run(seed, args.adapter) for seed in seeds},

@@ -17,8 +17,8 @@ FIGURES = {
 }
 
 
-# The runs that a seed of the cyclic sequence has, and those of more heads.
-CYCLIC, HEADS = {"train", "sae", "edit", "check"}, {"train", "sae"}
+# The runs that a seed of the cyclic sequence has, those of another module, and those of another transformer.
+CYCLIC, OF_MODULE, OF_TRANSFORMER = {"train", "sae", "edit", "check"}, {"sae", "edit"}, {"train", "sae"}
 CONTROLS = ("other_latents", "directions")
 # The most wrong symbols in a context that the transformer is trained on.
 TRAINED_WRONG = 3
@@ -35,8 +35,9 @@ def render(found: dict[str, Any]) -> list[str]:
     cyclic = {seed: of_seed for seed, of_seed in found.get("cyclic", {}).items() if of_seed.keys() >= CYCLIC}
     found = {**found, "cyclic": cyclic}
     first: dict[str, Any] = next(iter(cyclic.values()), {})
-    if not first or found.get("heads", {}).keys() != HEADS:
-        found.pop("heads", None)
+    for part, runs in (("modules", OF_MODULE), ("transformers", OF_TRANSFORMER)):
+        others = found.get(part, {})
+        found[part] = {name: of for name, of in others.items() if first and of.keys() >= runs}
     if not first:
         found.pop("sizes", None)
     lines = [
@@ -48,8 +49,9 @@ def render(found: dict[str, Any]) -> list[str]:
         lines += ["", *summary(list(cyclic.values()))]
     for part, title, section in (
         ("cyclic", "The cyclic sequence", cyclic_section),
+        ("modules", "Other modules", lambda modules: modules_section(first, modules)),
         ("sizes", "Autoencoders of other sizes", lambda sizes: sizes_section(first, sizes)),
-        ("heads", "A transformer with more heads", lambda heads: heads_section(first, heads)),
+        ("transformers", "Other transformers", lambda others: transformers_section(first, others)),
         ("variants", "Variants of autoencoders", variants_section),
         ("lorenz", "The Lorenz system in three symbols", lorenz_section),
         ("language_model", "A layer of SmolLM2-135M, on real text", language_model_section),
@@ -86,15 +88,18 @@ def summary(runs: list[dict[str, Any]]) -> list[str]:
         row(f"back in the exact cycle from unseen contexts: {what}", "all", ".1%", unseen(kinds, "returned"), least=1)
         row(f"forbidden steps per symbol said there: {what}", "", ".5f", unseen(kinds, "forbidden_per_symbol"))
     sae = [run["sae"] for run in runs]
-    row("explained variance, unseen contexts", "0.998", ".4f", [s["unseen"]["explained_variance"] for s in sae],
-        least=0.998)  # fmt: skip
-    row("explained variance, the windows (all are trained on)", "0.998", ".4f",
+    place = sae[0]["settings"]["module"]
+    row(f"explained variance of `{place}`, unseen contexts", "0.998", ".4f",
+        [s["unseen"]["explained_variance"] for s in sae], least=0.998)  # fmt: skip
+    row("the same: the windows (all are trained on)", "0.998", ".4f",
         [s["windows"]["explained_variance"] for s in sae], least=0.998)  # fmt: skip
-    row("explained variance, contexts new to the autoencoder alone", "0.998", ".4f",
+    row("the same: contexts new to the autoencoder alone", "0.998", ".4f",
         [s["new"]["explained_variance"] for s in sae], least=0.998)  # fmt: skip
     row("latents active (L0), unseen contexts", "4.6", ".2f", [s["unseen"]["l0"] for s in sae], most=4.6)
     row(f"dead latents, of {sae[0]['latents']} for a width of {sae[0]['width']}", "5%", ".1%",
         [s["dead"] for s in sae], most=0.05)  # fmt: skip
+    row("latents active at none of these contexts, only at what they were trained on", "", ".1%",
+        [s["unmeasured"] for s in sae])  # fmt: skip
     for dose in (1.0, strength):
         for sort, name in (("windows", "phases"), ("unseen", "unseen contexts")):
             of_dose = [best_at(run["edit"], str(dose))[sort] for run in runs]
@@ -145,7 +150,8 @@ def cyclic_section(runs: dict[str, Any]) -> list[str]:
         row(f"autoencoder, {name}: L0", ["sae", where, "l0"], ".2f")
         row(f"autoencoder, {name}: never active", ["sae", where, "dead"], ".1%")
         row(f"autoencoder, {name}: divergence recovered", ["sae", where, "kl_recovered"], ".4f")
-    row("autoencoder: dead latents, active in none of these", ["sae", "dead"], ".1%")
+    row("autoencoder: latents active at none of these, only at what they were trained on", ["sae", "unmeasured"], ".1%")
+    row("autoencoder: dead latents, active at nothing", ["sae", "dead"], ".1%")
     for sort, name in (("windows", "the windows"), ("unseen", "unseen contexts")):
         row(f"all latents set to those of another of {name}: what follows that one is said",
             ["edit", "patch_followed", sort], ".1%")  # fmt: skip
@@ -230,25 +236,54 @@ def interventions(runs: dict[str, Any]) -> list[str]:
     ]
 
 
-def heads_section(first: dict[str, Any], found: dict[str, Any]) -> list[str]:
-    """The first seed's transformer and autoencoder beside those with more heads."""
+def modules_section(first: dict[str, Any], modules: dict[str, Any]) -> list[str]:
+    """The first seed's autoencoder, and what its latents change, beside those of other modules."""
+    rows, strength = [], str(first["edit"]["settings"]["strength"])
+    for run in (first, *modules.values()):
+        sae, edit = run["sae"], run["edit"]
+        flips = [best_at(edit, dose)["windows"]["flips"] for dose in ("1.0", strength)]
+        rows.append(
+            [
+                f"`{edit['module']}`",
+                str(sae["latents"]),
+                str(sae["extent"]["new"]["components"]),
+                *(f"{sae[where]['explained_variance']:.4f}" for where in MEASURED),
+                f"{sae['dead']:.0%}",
+                *(f"{share:.0%}" for share in (*flips, edit["patch_followed"]["windows"])),
+            ]
+        )
+    columns = ["module", "latents", "components that hold 99.8%"]
+    columns += [f"explained variance, {name}" for name in MEASURED.values()]
+    columns += ["dead", "phases flipped, dose 1", f"dose {float(strength):g}", "all latents patched: followed"]
+    return [
+        "`python examples/cyclic_sequence/train_sae.py --module …` with the model of seed 0, and the interventions "
+        "with that autoencoder: phases that its best latent flips, and how often the model says what follows another "
+        "window whose latents it is given.",
+        "",
+        *table(columns, rows),
+    ]
+
+
+def transformers_section(first: dict[str, Any], others: dict[str, Any]) -> list[str]:
+    """The first seed's transformer and autoencoder beside those of other transformers."""
     rows = []
-    for run in (first, found):
+    for name, run in {"one head, MLPs": first, **others}.items():
         sae, train = run["sae"], run["train"]
         rows.append(
             [
-                str(train["settings"]["num_heads"]),
+                name,
                 f"{train['above_floor']:.5f}",
                 str(sae["extent"]["new"]["components"]),
                 *(f"{sae[where]['explained_variance']:.4f}" for where in MEASURED),
                 f"{sae['dead']:.0%}",
             ]
         )
-    columns = ["heads", "loss above the floor", "components that hold 99.8%"]
+    columns = ["transformer", "loss above the floor", "components that hold 99.8%"]
     columns += [f"explained variance, {name}" for name in MEASURED.values()]
     return [
-        f"`python examples/cyclic_sequence/train_cyclic.py --num-heads {rows[1][0]}`, and an autoencoder of it, beside "
-        "those of seed 0. Principal components are those of the activations that are new to the autoencoder.",
+        "`python examples/cyclic_sequence/train_cyclic.py` with `--num-heads 4` or `--no-mlp`, and an autoencoder of "
+        "the same module, beside those of seed 0. Principal components are those of the activations that are new to "
+        "the autoencoder.",
         "",
         *table([*columns, "dead"], rows),
     ]
@@ -274,7 +309,7 @@ def sizes_section(first: dict[str, Any], sizes: dict[str, Any]) -> list[str]:
     return [
         f"`python examples/cyclic_sequence/train_sae.py --expansion-factor …`, {settings['variant']} with k "
         f"{settings['k']}, {settings['steps']} steps, seed {settings['seed']}. Dead are latents that are active "
-        "neither at contexts that they were not trained on nor at the windows.",
+        "neither at what they were trained on nor at what they are measured on.",
         "",
         *table(columns, rows),
     ]

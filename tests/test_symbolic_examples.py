@@ -39,7 +39,7 @@ def test_the_cyclic_sequence_from_training_to_interventions(load: Load, tmp_path
     small = ["--steps", "6", "--batch-size", "64"]
     sae = run("train_sae", "sae", *model, *small)
     assert (
-        sae["latents"] == 12
+        sae["latents"] == 8
         and sae["width"] == 16
         and 0 < sae["unseen"]["l0"] <= 4
         and sae["unseen"]["activations"] > 0

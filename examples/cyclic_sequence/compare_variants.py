@@ -2,7 +2,7 @@
 
     python examples/cyclic_sequence/compare_variants.py
 
-Every variant is trained a few times on the layer of the transformer that `train_cyclic.py` trained, for other numbers
+Every variant is trained a few times on a module of the transformer that `train_cyclic.py` trained, for other numbers
 of active latents or other penalties, and measured on contexts that training never saw, and on the windows.
 
 Writes `results.json` and a figure into `--output`.
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parse(arguments)
     model = AutoModelForCausalLM.from_pretrained(args.model).eval()
     task, settings = task_of(args.model)
-    module = f"model.layers.{args.layer}"
+    module = args.module
     activations = training_activations(model, module, task, settings, args.contexts)
     sorts = judged_contexts(task, settings)
     found: dict[str, list[dict[str, Any]]] = {}

@@ -1,4 +1,4 @@
-"""Change single latents of the transformer's layer and see what it says next.
+"""Change single latents of a module of the transformer and see what it says next.
 
     python examples/cyclic_sequence/sae_mechanistic_intervention.py
 

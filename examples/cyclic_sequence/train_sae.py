@@ -1,9 +1,10 @@
-"""Train a sparse autoencoder on a layer of the transformer that `train_cyclic.py` trained.
+"""Train a sparse autoencoder on a module of the transformer that `train_cyclic.py` trained.
 
     python examples/cyclic_sequence/train_sae.py
 
-It is trained on the activations of all windows of the sequence, and of contexts with wrong symbols; with `--contexts
-windows` on those of the windows alone. It is measured on contexts with wrong symbols that neither the
+The module is by default the residual stream after the first layer's attention, which counts the symbols, and before its
+MLP. The autoencoder is trained on the activations of all windows of the sequence, and of contexts with wrong symbols;
+with `--contexts windows` on those of the windows alone. It is measured on contexts with wrong symbols that neither the
 transformer nor the autoencoder ever saw, and on the windows, of which there are no others than those trained on.
 Activations at a symbol are of what comes before it, too: of a context that is new as a whole, only those count from
 which on nothing that was trained on begins with the same symbols.
@@ -151,9 +152,9 @@ def add_training(parser: argparse.ArgumentParser, steps: int) -> None:
     """The arguments that `trained` reads, and the model."""
     add = parser.add_argument
     add("--model", type=Path, default=Path("checkpoints/cyclic"), help="folder that train_cyclic.py wrote")
-    add("--layer", type=int, default=0, help="the residual stream after this layer is looked at")
+    add("--module", default="model.layers.0.residual", help="the module whose output is looked at")
     add("--contexts", choices=SORTS, default="both", help="trained on windows alone, or also on wrong contexts")
-    add("--expansion-factor", type=float, default=0.75, help="latents per dimension")
+    add("--expansion-factor", type=float, default=0.5, help="latents per dimension")
     add("--steps", type=int, default=steps)
     add("--batch-size", type=int, default=2048, help="activations of a step")
     add("--lr", type=float, default=1e-2)
@@ -221,11 +222,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     set_seed(args.seed)
     model = AutoModelForCausalLM.from_pretrained(args.model).eval()
     task, settings = task_of(args.model)
-    block, module = settings["block"], f"model.layers.{args.layer}"
+    block, module = settings["block"], args.module
     sorts = judged_contexts(task, settings)
+    activations = training_activations(model, module, task, settings, args.contexts)
     sae, log = trained(
         module,
-        training_activations(model, module, task, settings, args.contexts),
+        activations,
         args,
         expansion_factor=args.expansion_factor,
         variant=args.variant,
@@ -235,8 +237,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sae.save_pretrained(args.output)
 
     result: dict[str, Any] = {name: judged.measure(model, module, sae) for name, judged in sorts.items()}
-    active = torch.tensor([entry["density"] for entry in result.values()]).amax(0) > 0
-    result |= {"latents": len(active), "dead": float((~active).double().mean()), "width": model.config.hidden_size}
+    measured = torch.tensor([entry["density"] for entry in result.values()]).amax(0) > 0
+    with torch.no_grad():
+        active = (sae.encode(activations) > 0).any(0) | measured
+    result |= {"latents": len(active), "width": model.config.hidden_size}
+    result |= {name: float((~these).double().mean()) for name, these in (("dead", active), ("unmeasured", measured))}
     result["extent"] = {name: judged.extent(model, module) for name, judged in sorts.items()}
     write_results(args, result)
 
@@ -251,8 +256,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     plots.latent_density(densities, args.output / "density.png")
     sequence = task.window(0, task.period + block - 1)
     in_turn = [sequence[start : start + block] for start in range(task.period)]
-    (activations,) = module_activations(model, module, [{"input_ids": torch.tensor(in_turn)}])
-    latents = sae.encode(activations).detach().view(task.period, block, -1)[:, -1]
+    (of_cycle,) = module_activations(model, module, [{"input_ids": torch.tensor(in_turn)}])
+    latents = sae.encode(of_cycle).detach().view(task.period, block, -1)[:, -1]
     labels = [str(window[-1]) for window in in_turn]
     plots.latents_over_cycle(latents, labels, args.output / "cycle.png")
     for name in sorts:

@@ -307,7 +307,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--steps", type=int, default=200)
     add("--batch-size", type=int, default=256, help="activations of a step")
     add("--lr", type=float, default=2e-3)
-    add("--share", type=float, default=0.8, help="of what latents add to a kind's answers alone, that its latents hold")
+    add(
+        "--share", type=float, default=0.95, help="of what latents add to a kind's answers alone, that its latents hold"
+    )
     add("--controls", type=int, default=3, help="random groups for every group of latents")
     add("--seed", type=int, default=0)
     add("--output", type=Path, default=Path("checkpoints/memory-reads"))

@@ -34,12 +34,12 @@ ADAPTER = Path("examples") / "name_recall" / "adapters" / "smollm2-135m-instruct
 STORE = DOCS / "symbolic.json"
 SEEDS = (0, 1, 2)
 # Latents per dimension of autoencoders beside those of the cyclic sequence's own size, with the first seed.
-SIZES = (0.75, 1.0)
+SIZES = (1.0,)
 # Modules beside the residual stream after the first layer's attention, with more latents, of the first seed's model.
-MODULES = ("model.layers.0", "model.layers.1")
+MODULES = ("model.layers.0",)
 MODULES_FACTOR = 0.75
 # Transformers beside those of the cyclic sequence, which have one head and an MLP in every layer.
-TRANSFORMERS = {"four heads": ("--num-heads", "4"), "no MLP": ("--no-mlp",)}
+TRANSFORMERS = {"no MLP": ("--no-mlp",), "four heads": ("--num-heads", "4")}
 PARTS = ("cyclic", "modules", "sizes", "transformers", "variants", "lorenz", "language_model", "memory")
 SEEDED = ("cyclic", "memory")
 SAELENS = "saelens"

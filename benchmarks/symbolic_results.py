@@ -96,9 +96,10 @@ def summary(runs: list[dict[str, Any]]) -> list[str]:
     row("the same: contexts new to the autoencoder alone", "0.998", ".4f",
         [s["new"]["explained_variance"] for s in sae], least=0.998)  # fmt: skip
     row("latents active (L0), unseen contexts", "4.6", ".2f", [s["unseen"]["l0"] for s in sae], most=4.6)
-    row(f"dead latents, of {sae[0]['latents']} for a width of {sae[0]['width']}", "5%", ".1%",
+    row(f"dead latents, of {sae[0]['latents']} for a width of {sae[0]['width']}: active neither at what they were "
+        "trained on nor at these contexts", "5%", ".1%",
         [s["dead"] for s in sae], most=0.05)  # fmt: skip
-    row("latents active at none of these contexts, only at what they were trained on", "", ".1%",
+    row("latents active at none of these contexts, dead ones among them", "", ".1%",
         [s["unmeasured"] for s in sae])  # fmt: skip
     for dose in (1.0, strength):
         for sort, name in (("windows", "phases"), ("unseen", "unseen contexts")):
@@ -150,8 +151,8 @@ def cyclic_section(runs: dict[str, Any]) -> list[str]:
         row(f"autoencoder, {name}: L0", ["sae", where, "l0"], ".2f")
         row(f"autoencoder, {name}: never active", ["sae", where, "dead"], ".1%")
         row(f"autoencoder, {name}: divergence recovered", ["sae", where, "kl_recovered"], ".4f")
-    row("autoencoder: latents active at none of these, only at what they were trained on", ["sae", "unmeasured"], ".1%")
-    row("autoencoder: dead latents, active at nothing", ["sae", "dead"], ".1%")
+    row("autoencoder: latents active at none of these", ["sae", "unmeasured"], ".1%")
+    row("autoencoder: dead latents, active at nothing that they were trained on either", ["sae", "dead"], ".1%")
     for sort, name in (("windows", "the windows"), ("unseen", "unseen contexts")):
         row(f"all latents set to those of another of {name}: what follows that one is said",
             ["edit", "patch_followed", sort], ".1%")  # fmt: skip
@@ -229,8 +230,8 @@ def interventions(runs: dict[str, Any]) -> list[str]:
         f"phases; at dose {strength:g} {half[1]} do. The latents of the true phase stay on, and have to be outweighed. "
         f"Of the others {others} (by seed) flip half of the phases at dose {strength:g}. At that dose the change is "
         f"{min(change):.1f} to {max(change):.1f} times as long as the activation is far from the mean. To set a single "
-        f"latent to zero flips at most {ablated:.0%} of the phases. One in {symbols} phases says the symbol that a "
-        f"latent stands for anyway, so that {1 - 1 / symbols:.0%} is all that it can flip.",
+        f"latent to zero flips at most {ablated:.0%} of the phases. One that always makes the same symbol said flips "
+        f"{1 - 1 / symbols:.0%}: one in {symbols} phases says that symbol anyway.",
         "",
         "Figures of seed 0:",
     ]
@@ -256,9 +257,10 @@ def modules_section(first: dict[str, Any], modules: dict[str, Any]) -> list[str]
     columns += [f"explained variance, {name}" for name in MEASURED.values()]
     columns += ["dead", "phases flipped, dose 1", f"dose {float(strength):g}", "all latents patched: followed"]
     return [
-        "`python examples/cyclic_sequence/train_sae.py --module …` with the model of seed 0, and the interventions "
-        "with that autoencoder: phases that its best latent flips, and how often the model says what follows another "
-        "window whose latents it is given.",
+        "`python examples/cyclic_sequence/train_sae.py --module … --expansion-factor …` (the number of latents says "
+        "which) with the model of seed 0, and the interventions with that autoencoder. Principal components are those "
+        "of the activations that are new to the autoencoder. Shown are phases that its best latent flips, and how "
+        "often the model says what follows another window whose latents it is given.",
         "",
         *table(columns, rows),
     ]
@@ -483,9 +485,11 @@ def the_latents(runs: list[dict[str, Any]], kinds: dict[str, str]) -> list[str]:
         "A kind's latents add more to the log probability of its answers than to that of any other kind's (gradient "
         f"times activation): the strongest, until they hold {settings['share']:.0%} of what all such latents add "
         f"beyond the others. By seed they are {'; '.join(counts)}; {living} latents are ever active where answers are "
-        "predicted. The control are random latents of the same layers that are no kind's, drawn until as much of what "
-        f"is read at the kind's answers goes with them as with the kind's own, {settings['controls']} draws for every "
-        "seed. What is read then is what the autoencoders make of it without these latents.",
+        "predicted. The control are random latents of the same layers that are no kind's, drawn until their lengths at "
+        f"the kind's answers add up to those of the kind's own, {settings['controls']} draws for every seed. They "
+        "point in more directions, so that less of what is read goes with them: the tables say how much. Random "
+        "directions with changes as large stand below, beside rising doses. What is read then is what the autoencoders "
+        "make of it without these latents.",
     ]
 
 
@@ -583,7 +587,8 @@ def doses_table(found: list[dict[str, Any]]) -> list[str]:
             rows.append([shown, *(f"{statistics.fmean(at_dose):.0%}" for at_dose in zip(*several, strict=True))])
     return [
         "Answers of the kind recalled with so large a share of the activation of its latents taken out, of other "
-        "people. What the autoencoders do not explain is left as it is, so that less goes than above:",
+        "people; beyond 100% they take away what they added. What the autoencoders do not explain is left as it is, so "
+        "that less goes than above:",
         "",
         *table(["taken out of", *(f"{dose:.0%}" for dose in found[0]["doses"])], rows),
     ]

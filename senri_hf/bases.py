@@ -175,9 +175,10 @@ def base_names() -> list[str]:
 
 
 def training_dtype() -> torch.dtype:
-    """The type to train a frozen base in on this machine: bfloat16 where it computes in it, else float32.
+    """The type to train a frozen base in on this machine: bfloat16 where it is known to compute in it, else float32.
 
-    A processor that has no instructions for bfloat16 takes several times as long in it.
+    A processor that has no instructions for bfloat16 takes several times as long in it. Known are those of GPUs and of
+    x86 processors.
     """
     import torch
 

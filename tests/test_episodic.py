@@ -280,6 +280,20 @@ def test_the_same_thing_is_kept_once_in_its_most_surprising_form() -> None:
     assert updated.live_store().sum() == 1
 
 
+@pytest.mark.parametrize("off", [1e-6, -1e-6])
+def test_rounding_decides_nothing_about_copies_of_a_state(off: float) -> None:
+    """Of two slots with the same the first is reinforced, and what comes again as surprising stays where it is."""
+    config = settings_of(span=0, z_score_threshold=-9.0, contrastive_weight=0.0, buffer_slots=12)
+    state = put_tokens(blank(config, size=12), torch.cat([basis(1), basis(1)]), [0.0, 2.0], config)
+    assert state.live_buffer(config).sum() == 2
+    tilted = state.buffer.clone()
+    tilted[0, 0 if off > 0 else 1] += 1e-3 * basis(2)[0]  # a cosine of 1 - 5e-7
+    state = replace(pass_cycles(state, 1, config), buffer=tilted)
+    again = put_tokens(state, basis(1), [2.0 + off], config)
+    assert again.strength[0, :2].tolist() == pytest.approx([1.0, config.decay_rate])
+    assert again.tag.tolist() == state.tag.tolist() and again.surprise.tolist() == state.surprise.tolist()
+
+
 def test_novel_tokens_take_a_slot_and_known_ones_reinforce_theirs() -> None:
     """A known one moves its slot by `write_alpha` and makes it strong again."""
     config = settings_of(buffer_slots=12, write_alpha=0.25)

@@ -39,10 +39,7 @@ def test_the_cyclic_sequence_from_training_to_interventions(load: Load, tmp_path
     small = ["--steps", "6", "--batch-size", "64"]
     sae = run("train_sae", "sae", *model, *small)
     assert (
-        sae["latents"] == 8
-        and sae["width"] == 16
-        and 0 < sae["unseen"]["l0"] <= 4
-        and sae["unseen"]["activations"] > 0
+        sae["latents"] == 8 and sae["width"] == 16 and 0 < sae["unseen"]["l0"] <= 4 and sae["unseen"]["activations"] > 0
     )
     # As many different activations as beginnings of windows.
     assert sae["extent"]["windows"]["different"] == sum(min(2 * length, 6) for length in range(1, 6))
@@ -195,7 +192,7 @@ def test_what_an_adapter_reads_is_ablated_beside_random_latents(
     assert set(doses["groups"]) == {"latents of a city", "latents of a pet name"}
     for group in doses["groups"].values():
         several = [group["values"], group["others"], *group["controls"], *group["directions"]]
-        assert len(several) == 4 and {len(values) for values in several} == {len(doses["doses"])} == {5}
+        assert len(several) == 4 and {len(values) for values in several} == {len(doses["doses"])} == {7}
     figures = {path.name for path in (tmp_path / "out").glob("*.png")}
     assert figures == {"recall-train.png", "recall-validation.png", "doses.png"}
     with pytest.raises(SystemExit, match="other settings"):

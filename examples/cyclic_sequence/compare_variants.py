@@ -1,4 +1,4 @@
-"""Compare the variants of sparse autoencoders: how much each explains of a layer, with how many latents active.
+"""Compare the variants of sparse autoencoders: how much each explains of a module, with how many latents active.
 
     python examples/cyclic_sequence/compare_variants.py
 

@@ -9,8 +9,8 @@ other kind's: the strongest, until they hold `--share` of what all of them add. 
 and ablated with others: people whose facts are drawn from the same values and phrasings, and people whose values and
 phrasings never occurred there.
 
-The control are random latents of the same layers that are no kind's, drawn until as much of what is read at the kind's
-answers goes with them as with the kind's own, some times anew. The latents that tell a kind best are ablated by
+The control are random latents of the same layers that are no kind's, drawn until their lengths at the kind's answers
+add up to those of the kind's own, some times anew. The latents that tell a kind best are ablated by
 themselves too, together and one by one. What is scored is whether every token of the answer is the most likely one
 after the beginning of the reply, and the probability of its tokens. Changes are made at the reply only: the question is
 read as it is. Rising shares of a kind's latents are taken out too, with what the autoencoders do not explain left as it
@@ -58,8 +58,9 @@ LATENTS, DOSES_FIGURE = "latents.safetensors", "doses.png"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # By split of the data, the people that are tested.
 TESTED = {"train": "other people", "validation": "other people, unseen values and phrasings"}
-# Shares of the activation of latents that are taken out, with the people that the first of `TESTED` names.
-DOSES = (0.25, 0.5, 0.75, 1.0)
+# Shares of the activation of latents that are taken out, with the people that the first of `TESTED` names; beyond 1
+# they take away what they added.
+DOSES = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 # Seeds of the people that are tested are so much larger than those of the people to train on.
 TEST_SEEDS = 1000
 
@@ -559,7 +560,7 @@ def draw_doses(found: Sequence[dict[str, Any]], path: Path) -> None:
         {"doses": found[0]["doses"], "groups": groups},
         path,
         y_label="answers of that kind recalled",
-        x_label="share of their activation taken out",
+        x_label="share of their activation taken out; beyond 1 turned around",
         others="the other kinds' answers",
     )
 

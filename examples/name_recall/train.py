@@ -111,8 +111,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add(
         "--dtype",
         choices=("float32", "bfloat16"),
-        default=str(training_dtype()).removeprefix("torch."),
-        help="dtype of the frozen base model; by default bfloat16 where this machine computes in it",
+        help="dtype of the frozen base model; by default what training that goes on was begun with, or else bfloat16 "
+        "where this machine computes in it",
     )
     add("--license", default="mit", help="the license on the adapter's card; a base's may bind what is made of it")
     add("--seed", type=int, default=0)
@@ -120,6 +120,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     if args.detach_every is None:
         args.detach_every = 1 if args.mechanism == "episodic" else 16
     return args
+
+
+def dtype_of(checkpoint_dir: Path, resumes: bool) -> str:
+    """The dtype that training was begun with, where it goes on, and else the one for this machine."""
+    path = checkpoint_dir / SETTINGS
+    if resumes and path.exists():
+        return str(json.loads(path.read_text(encoding="utf-8"))["dtype"])
+    return str(training_dtype()).removeprefix("torch.")
 
 
 def keep_settings(args: argparse.Namespace, resumes: bool) -> None:
@@ -335,6 +343,7 @@ def main() -> None:
     if args.resume == "last" and last is None:
         raise SystemExit(f"--resume was given, but {args.checkpoint_dir} holds no checkpoint; leave it out to begin")
     resume = last if args.resume == "last" or (args.resume is None and args.resume_if_begun) else args.resume
+    args.dtype = args.dtype or dtype_of(args.checkpoint_dir, resumes=resume is not None)
     keep_settings(args, resumes=resume is not None)
     log = logging.getLogger("name_recall")
     log.setLevel(logging.INFO)

@@ -16,7 +16,8 @@ SURPRISE_IMPORTANCE = 0.5
 ACCESS_IMPORTANCE = 0.3
 AGE_IMPORTANCE = 0.001
 EMPTY = -1
-# Similarities and surprises that differ by no more are equal: those of copies of a state do, by rounding.
+# Which slot a token is nearest to, and whether it is more surprising than what a slot holds, is not decided by less:
+# copies of a state differ by that, for no other reason than rounding.
 GRAIN = 1e-4
 
 
@@ -100,9 +101,8 @@ def first_of_largest(values: Tensor) -> Tensor:
 
 
 def nearest_slot(similarity: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest similarity [B, S] of [B, S, N], and its slot: the first of several that are nearest."""
-    slot = first_of_largest(similarity)
-    return similarity.gather(-1, slot[..., None])[..., 0], slot
+    """The largest similarity [B, S] of [B, S, N], and the first slot that has it but for rounding."""
+    return similarity.amax(-1), first_of_largest(similarity)
 
 
 def running_statistics(state: EpisodicState, surprise: Tensor, valid: Tensor, alpha: float) -> tuple[Tensor, ...]:

@@ -84,14 +84,14 @@ def consolidate(
     own: list[float | None] = []  # the token's own surprise, None when it is not surprising
     for token, value, mean, deviation in zip(tokens, surprise, means, deviations, strict=True):
         similarity = {slot: cosine(token, state.store[0, slot]) for slot in filled}
-        nearest = first_of_largest(similarity)
-        is_same = nearest is not None and similarity[nearest] >= high
+        nearest, largest = first_of_largest(similarity), max(similarity.values(), default=-math.inf)
+        is_same = nearest is not None and largest >= high
         same.append(nearest if is_same else None)
         if math.isnan(mean):  # without history nothing is surprising
             own.append(None)
             continue
         if config.contrastive_weight and nearest is not None and not is_same:
-            contrast = min(max((similarity[nearest] - low) / (high - low), 0.0), 1.0)
+            contrast = min(max((largest - low) / (high - low), 0.0), 1.0)
             value = max(value, mean + config.contrastive_weight * contrast * deviation)
         elif config.contrastive_weight:
             value = max(value, mean)
@@ -146,7 +146,7 @@ def write_buffer(state: EpisodicState, tokens: list[Tensor], first: int, config:
     for index, token in enumerate(tokens):
         similarity = {slot: cosine(token, slots[slot]) for slot in live}
         nearest = first_of_largest(similarity)
-        if nearest is not None and similarity[nearest] >= config.novelty_threshold:
+        if nearest is not None and max(similarity.values()) >= config.novelty_threshold:
             hits.setdefault(nearest, []).append(index)
         else:
             novel.append(index)

@@ -560,7 +560,7 @@ def draw_doses(found: Sequence[dict[str, Any]], path: Path) -> None:
         {"doses": found[0]["doses"], "groups": groups},
         path,
         y_label="answers of that kind recalled",
-        x_label="share of their activation taken out; beyond 1 turned around",
+        x_label="share of their activation taken out",
         others="the other kinds' answers",
     )
 

@@ -17,7 +17,7 @@ import torch
 from senri_hf import EpisodicConfig
 from senri_hf.files import write_json
 from senri_hf.memory import EpisodicLayer, file
-from senri_hf.memory.episodic import cosine
+from senri_hf.memory.episodic import cosine, nearest_slot
 from senri_hf.memory.episodic_layer import Tokens
 
 
@@ -104,7 +104,7 @@ class Experiment:
                 found[name] = {"strength": 0.0, "stored": False}
                 continue
             token = embed(name)[None, None]
-            nearest, slot = cosine(token, state.buffer)[0, 0].max(-1)
+            nearest, slot = nearest_slot(cosine(token, state.buffer)[0, 0])
             live = state.live_buffer(self.layer.config)[0, slot] & (nearest > 0.9)
             stored = (cosine(token, state.store)[0, 0] > 0.9) & state.live_store()[0]
             found[name] = {"strength": float(state.strength[0, slot] * live), "stored": bool(stored.any())}
